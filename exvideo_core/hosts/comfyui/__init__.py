@@ -1,0 +1,1 @@
+"""ComfyUI: the only package here that touches `comfy`'s models."""

@@ -1,0 +1,127 @@
+"""The reference's picture preprocessing, latent post-processing and chunk blending (DiffSynth `svd_video`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def fit(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Scale a picture to cover width x height and cut the middle out, antialiased.
+
+    Args:
+        image: [B, H, W, C>=3] in 0..1, ComfyUI's IMAGE.
+
+    Returns:
+        [B, height, width, 3] in 0..1.
+    """
+    pixels = image[..., :3].movedim(-1, 1)
+    if pixels.shape[-2:] != (height, width):
+        scale = max(width / pixels.shape[-1], height / pixels.shape[-2])
+        cut_w, cut_h = (min(round(n / scale), m) for n, m in zip((width, height), pixels.shape[:-3:-1], strict=True))
+        left, top = (pixels.shape[-1] - cut_w) // 2, (pixels.shape[-2] - cut_h) // 2
+        pixels = pixels[..., top : top + cut_h, left : left + cut_w]
+        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return pixels.movedim(1, -1)
+
+
+def clip_pixels(image: torch.Tensor, size: int = 224) -> torch.Tensor:
+    """A picture as the reference shows it to CLIP: blurred against aliasing, resized whole, standardised.
+
+    The blur is a Gaussian of deviation (factor - 1) / 2 over about 4 deviations, the resize a bicubic one with
+    aligned corners. The host's own preprocessing crops, and rounds to 8 bits.
+
+    Args:
+        image: [B, H, W, 3] in 0..1.
+        size: edge of the square that the vision model reads.
+
+    Returns:
+        [B, 3, size, size] in float32.
+    """
+    pixels = image.movedim(-1, 1).float() * 2 - 1
+    for dim in (-1, -2):
+        pixels = _blur(pixels, dim, pixels.shape[dim] / size)
+    pixels = (F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=True) + 1) / 2
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
+def _blur(pixels: torch.Tensor, dim: int, factor: float) -> torch.Tensor:
+    """Gaussian blur along one dimension before a resize by 1 / factor."""
+    sigma = max((factor - 1) / 2, 0.001)
+    taps = int(max(4 * sigma, 3)) | 1
+    offsets = torch.arange(taps, dtype=torch.float32, device=pixels.device) - taps // 2
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(pixels.shape[1], 1, taps)
+    kernel = kernel.unsqueeze(2 if dim == -1 else 3)
+    half = taps // 2
+    padding = (half, half, 0, 0) if dim == -1 else (0, 0, half, half)
+    return F.conv2d(F.pad(pixels, padding, mode="reflect"), kernel, groups=pixels.shape[1])
+
+
+def add_pixel_noise(image: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
+    """Noise augmentation: strength x noise on the picture's -1..1 scale, the same for the same seed everywhere.
+
+    Args:
+        image: [B, H, W, 3] in 0..1.
+
+    Returns:
+        the same shape, still on the 0..1 scale (hence half the strength), not clamped.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    batch, height, width, channels = image.shape
+    noise = torch.randn(batch, channels, height, width, generator=generator)
+    return image + noise.movedim(1, -1).to(image) * (strength / 2)
+
+
+def normalize_latents(latents: torch.Tensor, normalize: bool, contrast: float) -> torch.Tensor:
+    """Give every frame the clip's mean and deviation, then raise the contrast.
+
+    Reference: `SVDVideoPipeline.post_process_latents`. It is linear in the latents' scale, so the host's unscaled
+    latents serve as well. A frame of one value becomes the clip's mean, where the reference divides by zero.
+
+    Args:
+        latents: [T, C, H, W].
+    """
+    if normalize:
+        mean, std = latents.mean(), latents.std()
+        frame_mean = latents.mean(dim=(1, 2, 3), keepdim=True)
+        frame_std = latents.std(dim=(1, 2, 3), keepdim=True)
+        smallest = torch.finfo(latents.dtype).tiny
+        latents = (latents - frame_mean) / frame_std.clamp_min(smallest) * std + mean
+    return latents * contrast
+
+
+def chunks(frames: int, size: int, overlap: int) -> Iterator[tuple[int, int]]:
+    """Start and end of overlapping chunks that cover `frames`; the last may be shorter.
+
+    Raises:
+        ValueError: the overlap leaves no step.
+    """
+    if not 0 <= overlap < size:
+        raise ValueError(f"overlap_frames ({overlap}) has to be smaller than chunk_frames ({size}).")
+    start = 0
+    while True:
+        end = min(start + size, frames)
+        yield start, end
+        if end == frames:
+            return
+        start += size - overlap
+
+
+def blend_weights(start: int, end: int, frames: int) -> torch.Tensor:
+    """Weight of each frame of a chunk: a ramp up from its start and down to its end, none at the clip's ends.
+
+    Returns:
+        [end - start] in float32.
+    """
+    length = end - start
+    position = torch.arange(length, dtype=torch.float32)
+    rising = position + 1 if start > 0 else torch.full((length,), float(length))
+    falling = length - position if end < frames else torch.full((length,), float(length))
+    return torch.minimum(rising, falling)

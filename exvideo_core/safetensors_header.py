@@ -1,0 +1,102 @@
+"""Reads the header of a safetensors file, and says what a file that is none of them is instead."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+class ModelFileError(ValueError):
+    """A model file cannot be used: the message names the file, what is wrong and what to do."""
+
+    def __init__(self, path: str | os.PathLike[str], problem: str, remedy: str) -> None:
+        super().__init__(f"'{os.path.basename(path)}' {problem} {remedy}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names, dtypes, shapes and metadata of a file, without its tensors."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and check a safetensors header.
+
+    Raises:
+        ModelFileError: the file is missing, of another kind, damaged or cut off.
+    """
+    again = "Download it again and compare its size with the source's."
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+                raise _not_safetensors(path, start)
+            if 8 + length > size:
+                first = start + file.read(64)
+                raise _not_safetensors(path, first) if _known_kind(first) else ModelFileError(
+                    path, "is cut off inside its header.", again
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise ModelFileError(path, f"cannot be read: {error.strerror}.", "Check that it is there and readable.") from error
+    if not raw.lstrip().startswith(b"{"):
+        raise _not_safetensors(path, start + raw[:64])
+    try:
+        entries: dict[str, Any] = json.loads(raw, object_pairs_hook=_without_duplicates)
+        metadata = dict(entries.pop("__metadata__", None) or {})
+        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+        dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except _DuplicateKey as error:
+        raise ModelFileError(path, f"holds the tensor {error} twice.", "Save it again with unique names.") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ModelFileError(path, "has a damaged safetensors header.", again) from error
+    if 8 + length + end > size:
+        raise ModelFileError(path, f"is cut off: {size:,} bytes of {8 + length + end:,}.", again)
+    return Header(shapes, dtypes, metadata)
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKey(key)
+        result[key] = value
+    return result
+
+
+def _known_kind(start: bytes) -> str | None:
+    kinds = {
+        b"PK\x03\x04": "a PyTorch pickle (.ckpt, .pt, .bin)",
+        b"\x80": "a pickle",
+        b"version https://git-lfs": "a Git LFS pointer: the download did not bring the file itself",
+        b"<": "a web page: the download did not bring the file itself",
+        b"GGUF": "a GGUF file",
+    }
+    return next((kind for magic, kind in kinds.items() if start.startswith(magic)), None)
+
+
+def _not_safetensors(path: str | os.PathLike[str], start: bytes) -> ModelFileError:
+    kind = _known_kind(start)
+    if kind is not None and "pickle" in kind:
+        return ModelFileError(
+            path, f"is {kind}, which can run code when it is opened.", "Use the .safetensors version of the model."
+        )
+    if kind is not None:
+        return ModelFileError(path, f"is {kind}.", "Download the .safetensors file again.")
+    problem = "is empty." if Path(path).stat().st_size == 0 else "is not a safetensors file."
+    return ModelFileError(path, problem, "Download it again, as a .safetensors file.")

@@ -1,0 +1,26 @@
+"""The nodes: each validates, clones and calls one function of `exvideo_core`."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .conditioning import ExVideoConditioning
+from .latents import ExVideoDecode, ExVideoNormalizeLatent
+from .loaders import ExVideoCheckpointLoader, ExVideoLoader
+from .model import ExVideoApply
+
+NODES: list[type[io.ComfyNode]] = [
+    ExVideoCheckpointLoader,
+    ExVideoLoader,
+    ExVideoApply,
+    ExVideoConditioning,
+    ExVideoNormalizeLatent,
+    ExVideoDecode,
+]
+
+
+class ExVideoExtension(ComfyExtension):
+    """This pack, as ComfyUI sees it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,91 @@
+"""Nodes between the sampler and the picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+if TYPE_CHECKING:
+    from comfy.sd import VAE
+
+
+class ExVideoNormalizeLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoNormalizeLatent",
+            display_name="ExVideo Normalize Latent",
+            category="ExVideo",
+            description="Gives every frame of a sampled clip the same brightness and contrast, as the ExVideo reference "
+            "does before it decodes.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="The sampled clip."),
+                io.Boolean.Input(
+                    "normalize",
+                    default=True,
+                    tooltip="Standardise each frame's latent to the mean and deviation of the whole clip.",
+                ),
+                io.Float.Input(
+                    "contrast",
+                    default=1.2,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Factor on the latent. 1.2 is the reference's, 1 leaves it.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The clip, for ExVideo Decode.")],
+        )
+
+    @classmethod
+    def execute(cls, latent: dict[str, Any], normalize: bool, contrast: float) -> io.NodeOutput:
+        from ..exvideo_core.imaging import normalize_latents
+
+        return io.NodeOutput({**latent, "samples": normalize_latents(latent["samples"], normalize, contrast)})
+
+
+class ExVideoDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoDecode",
+            display_name="ExVideo Decode",
+            category="ExVideo",
+            description="Decodes a clip in overlapping chunks of frames and blends them, so that no seam shows between "
+            "chunks and memory does not grow with them.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
+                io.Latent.Input("latent", tooltip="The clip to decode."),
+                io.Int.Input(
+                    "chunk_frames",
+                    default=8,
+                    min=1,
+                    max=1024,
+                    tooltip="Frames decoded at once. More need more memory and see more of their neighbours.",
+                ),
+                io.Int.Input(
+                    "overlap_frames",
+                    default=4,
+                    min=0,
+                    max=1023,
+                    tooltip="Frames that neighbouring chunks share and blend. Has to be smaller than chunk_frames.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The frames of the clip.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, chunk_frames: int, overlap_frames: int) -> bool | str:
+        # Naming an input here switches the host's own range check of it off, so it is done here too.
+        if not 1 <= chunk_frames <= 1024:
+            return f"chunk_frames ({chunk_frames}) has to be from 1 to 1024."
+        if not 0 <= overlap_frames < chunk_frames:
+            return f"overlap_frames ({overlap_frames}) has to be from 0 to chunk_frames - 1 ({chunk_frames - 1})."
+        return True
+
+    @classmethod
+    def execute(cls, vae: VAE, latent: dict[str, Any], chunk_frames: int, overlap_frames: int) -> io.NodeOutput:
+        from ..exvideo_core.hosts.comfyui.pixels import decode
+
+        return io.NodeOutput(decode(vae, latent["samples"], chunk_frames, overlap_frames))

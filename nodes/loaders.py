@@ -1,0 +1,66 @@
+"""Nodes that load files."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from .folders import KEY
+from .types import ExtensionSocket
+
+
+class ExVideoCheckpointLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoCheckpointLoader",
+            display_name="Load SVD Checkpoint (ExVideo)",
+            category="ExVideo/loaders",
+            description="Loads a Stable Video Diffusion checkpoint of any width. For svd_xt the result is that of "
+            "Load Checkpoint Image Only.",
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=folder_paths.get_filename_list("checkpoints"),
+                    tooltip="An SVD checkpoint (.safetensors) in models/checkpoints, such as svd_xt.safetensors.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The SVD diffusion model."),
+                io.ClipVision.Output(display_name="clip_vision", tooltip="The image encoder in the checkpoint."),
+                io.Vae.Output(display_name="vae", tooltip="The VAE with SVD's temporal decoder."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, ckpt_name: str) -> io.NodeOutput:
+        from ..exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+
+        return io.NodeOutput(*load_checkpoint(folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)))
+
+
+class ExVideoLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoLoader",
+            display_name="Load ExVideo Extension",
+            category="ExVideo/loaders",
+            description="Loads and checks an ExVideo extension, such as ExVideo-SVD-128f-v1.",
+            inputs=[
+                io.Combo.Input(
+                    "extension_name",
+                    options=folder_paths.get_filename_list(KEY),
+                    tooltip="An ExVideo extension (.safetensors) in models/exvideo.",
+                ),
+            ],
+            outputs=[
+                ExtensionSocket.Output(display_name="extension", tooltip="The extension, for ExVideo Apply."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, extension_name: str) -> io.NodeOutput:
+        from ..exvideo_core.extension import Extension
+
+        return io.NodeOutput(Extension.load(folder_paths.get_full_path_or_raise(KEY, extension_name)))

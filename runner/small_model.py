@@ -1,0 +1,174 @@
+"""Makes a small SVD checkpoint and a 128-frame extension with seeded random weights, in the real formats.
+
+The layouts come from the host's own classes, so this runs in a Python that can run ComfyUI:
+
+    python -m runner.small_model --host ComfyUI --models ComfyUI/models
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+CHECKPOINT = "exvideo_small_random.safetensors"
+EXTENSION = "exvideo_small_random_128f.safetensors"
+
+HEAD_CHANNELS = 32
+CLIP_HEADS = 2
+CONTEXT = 64
+UNET = {
+    "use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False,
+    "num_classes": "sequential", "adm_in_channels": 768, "in_channels": 8, "out_channels": 4,
+    "model_channels": 32, "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 2, 2],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
+    "use_linear_in_transformer": True, "context_dim": CONTEXT, "extra_ff_mix_layer": True,
+    "use_spatial_context": True, "merge_strategy": "learned_with_images", "merge_factor": 0.0,
+    "video_kernel_size": [3, 1, 1], "use_temporal_resblock": True, "use_temporal_attention": True,
+    "disable_temporal_crossattention": False, "num_heads": -1, "num_head_channels": HEAD_CHANNELS,
+}  # fmt: skip
+VAE = {
+    "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+}  # fmt: skip
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_act": "gelu", "hidden_size": 64, "num_channels": 3,
+    "patch_size": 14, "image_size": 224, "intermediate_size": 128, "num_attention_heads": CLIP_HEADS,
+    "num_hidden_layers": 2, "projection_dim": CONTEXT,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", type=Path, required=True, help="folder of ComfyUI")
+    parser.add_argument("--models", type=Path, required=True, help="its models folder, or another")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frames", type=int, default=128, help="frames of the extension")
+    options = parser.parse_args()
+    sys.path.insert(0, str(options.host))
+    sys.argv = sys.argv[:1]  # the host reads the command line too
+    for path in make(options.models, options.seed, options.frames):
+        print(path)
+
+
+def make(models: Path, seed: int = 0, frames: int = 128) -> tuple[Path, Path]:
+    """Write the checkpoint and the extension beneath a models folder; the host has to be importable.
+
+    Returns:
+        The two paths.
+    """
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True  # nothing here computes: no device has to be woken
+    import torch
+    from safetensors.torch import save_file
+
+    from exvideo_core import layouts
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = _checkpoint(generator)
+    widths = [
+        tensors[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS
+    ]
+    extension = random_extension(widths, CONTEXT, frames, generator)
+    metadata = {
+        "exvideo.num_head_channels": str(HEAD_CHANNELS),
+        "exvideo.clip_num_attention_heads": str(CLIP_HEADS),
+        "description": "seeded random weights, for trying graphs out",
+    }
+    paths = models / "checkpoints" / CHECKPOINT, models / "exvideo" / EXTENSION
+    for path, content in zip(paths, (tensors, extension), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.half() for key, value in content.items()}, path, metadata)
+    return paths
+
+
+def random_extension(widths, context_dim, frames, generator):  # noqa: ANN001, ANN201
+    """An extension near identity, named and shaped as published, in float32."""
+    import torch
+
+    from exvideo_core import layouts
+
+    tensors = {}
+    for name, shape in layouts.extension_shapes(widths, context_dim, frames).items():
+        tensors[name] = random_weight(name, shape, generator)
+        if name.endswith(layouts.CONV_WEIGHT):
+            tensors[name] *= 0.3
+            tensors[name][:, :, 1, 1, 1] += torch.eye(shape[0])
+        elif name.endswith(layouts.POSITIONS):
+            tensors[name] = torch.randn(shape, generator=generator)
+    return tensors
+
+
+def random_weight(name, shape, generator):  # noqa: ANN001, ANN201
+    """A random weight that keeps activations near unit size."""
+    import math
+
+    import torch
+
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name or ".ln_" in name or (len(shape) == 1 and name.endswith("weight")):
+        return noise * 0.1 + (1.0 if name.endswith("weight") else 0.0)
+    return noise * (0.1 if len(shape) < 2 else 1 / math.sqrt(math.prod(shape[1:])))
+
+
+def _checkpoint(generator):  # noqa: ANN001, ANN202
+    """A whole SVD checkpoint in float32, named as the host's loader expects it."""
+    import comfy.clip_model
+    import comfy.ldm.models.autoencoder
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+    import comfy.ops
+    import torch
+
+    ops = comfy.ops.manual_cast
+    unet = openaimodel.UNetModel(**UNET, dtype=torch.float32, device="cpu", operations=ops)
+    vae = comfy.ldm.models.autoencoder.AutoencodingEngine(
+        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+        encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": VAE},
+        decoder_config={
+            "target": "comfy.ldm.modules.temporal_ae.VideoDecoder",
+            "params": {**VAE, "video_kernel_size": [3, 1, 1], "alpha": 0.0},
+        },
+    )
+    clip = comfy.clip_model.CLIPVisionModelProjection(CLIP, torch.float32, "cpu", ops)
+    tensors = {}
+    for prefix, module in (("model.diffusion_model.", unet), ("first_stage_model.", vae)):
+        for name, value in module.state_dict().items():
+            tensors[prefix + name] = random_weight(name, value.shape, generator)
+    for name, value in _open_clip({n: v.shape for n, v in clip.state_dict().items()}).items():
+        key = f"conditioner.embedders.0.open_clip.model.visual.{name}"
+        tensors[key] = random_weight(name, value, generator)
+    return tensors
+
+
+def _open_clip(shapes):  # noqa: ANN001, ANN202
+    """Shapes of the image encoder under OpenCLIP's names, in which SVD checkpoints store it."""
+    v = "vision_model."
+    width = shapes[f"{v}embeddings.class_embedding"][0]
+    renamed = {
+        "class_embedding": (width,),
+        "conv1.weight": shapes[f"{v}embeddings.patch_embedding.weight"],
+        "positional_embedding": shapes[f"{v}embeddings.position_embedding.weight"],
+        "proj": tuple(reversed(shapes["visual_projection.weight"])),
+    }
+    for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+        for parameter in ("weight", "bias"):
+            renamed[f"{ours}.{parameter}"] = shapes[f"{v}{theirs}.{parameter}"]
+    for layer in range(CLIP["num_hidden_layers"]):
+        old, new = f"{v}encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
+        renamed[f"{new}attn.in_proj_weight"] = (3 * width, width)
+        renamed[f"{new}attn.in_proj_bias"] = (3 * width,)
+        pairs = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
+                 "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+        for ours, theirs in pairs.items():
+            for parameter in ("weight", "bias"):
+                renamed[f"{new}{ours}.{parameter}"] = shapes[f"{old}{theirs}.{parameter}"]
+    return renamed
+
+
+if __name__ == "__main__":
+    main()
