@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""ExVideo for ComfyUI: try it and test it.
+
+    python run.py demo                     a picture becomes a 128-frame video, in a real ComfyUI
+    python run.py test [--tier NAME ...]   the tests
+    python run.py small-model FOLDER       puts the small model of the quickstart into a ComfyUI
+
+Needs Python and nothing else: what it installs lies in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from runner.environment import host_python, test_python
+from runner.hosts import PACK, Host, find_hosts, is_host
+
+TIERS = ("unit", "parity", "host", "cuda")
+NO_HOST = (
+    "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="make a 128-frame video in a real ComfyUI")
+    test = commands.add_parser("test", help="run the tests")
+    test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given again)")
+    small = commands.add_parser("small-model", help="put the quickstart's small model into a ComfyUI")
+    small.add_argument("folder", type=Path, help="the ComfyUI folder")
+    options = parser.parse_args()
+    try:
+        if options.command == "demo":
+            return demo()
+        if options.command == "small-model":
+            return small_model(options.folder)
+        return run_tests(tuple(options.tier or TIERS))
+    except subprocess.CalledProcessError as error:
+        print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def demo() -> int:
+    hosts = find_hosts()
+    if not hosts:
+        print(f"Cannot make the demo: {NO_HOST}", file=sys.stderr)
+        return 1
+    host = hosts[0]
+    return _python(host_python(host), "-m", "runner.demo", "--host", str(host.path)).returncode
+
+
+def small_model(folder: Path) -> int:
+    if not is_host(folder):
+        print(f"{folder} is no ComfyUI folder (no main.py in it).", file=sys.stderr)
+        return 1
+    python = host_python(Host(folder.resolve()))
+    models = folder.resolve() / "models"
+    return _python(python, "-m", "runner.small_model", "--host", str(folder.resolve()), "--models", str(models)).returncode
+
+
+def run_tests(tiers: tuple[str, ...]) -> int:
+    hosts = find_hosts()
+    lines: list[str] = []
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failed = False
+    for tier in (tier for tier in TIERS if tier in tiers):
+        if tier in ("unit", "parity"):
+            runs = [(tier, test_python, None)]
+        elif not hosts:
+            lines.append(f"SKIPPED tier {tier}: {NO_HOST}")
+            counts["skipped"] += 1
+            continue
+        elif tier == "cuda" and not _has_gpu():
+            lines.append("SKIPPED tier cuda: no NVIDIA GPU found (nvidia-smi -L).")
+            counts["skipped"] += 1
+            continue
+        else:
+            runs = [(f"{tier}, ComfyUI {host.version}", lambda host=host: host_python(host), host) for host in hosts]
+        for name, find_python, host in runs:
+            print(f"\n=== tier {name} ===", flush=True)
+            passed, missed, skipped = _pytest(find_python(), tier, host)
+            ok = passed > 0 and missed == 0
+            failed |= not ok
+            for key, number in zip(counts, (passed, missed, skipped), strict=True):
+                counts[key] += number
+            lines.append(f"{'passed' if ok else 'FAILED'} tier {name}: {passed} passed, {missed} failed, {skipped} skipped")
+    print("\n" + "\n".join(lines))
+    print(", ".join(f"{number} {key}" for key, number in counts.items()))
+    return int(failed)
+
+
+def _pytest(python: Path, tier: str, host: Host | None) -> tuple[int, int, int]:
+    """Run one folder of tests; counts of passed, failed and skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        arguments = ("-m", "pytest", f"tests/{tier}", "-q", "-ra", "--durations=5", "-p", "no:cacheprovider")
+        done = _python(python, *arguments, f"--junitxml={report}", host=host)
+        if not report.exists():
+            return 0, 1, 0
+        suites = ElementTree.parse(report).getroot().iter("testsuite")
+        totals = [sum(values) for values in zip(*([int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")] for suite in suites))]
+    tests, failures, errors, skipped = totals
+    missed = failures + errors
+    if done.returncode not in (0, 5) and missed == 0:
+        missed = 1
+    return tests - failures - errors - skipped, missed, skipped
+
+
+def _python(python: Path, *arguments: str, host: Host | None = None) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(PACK), "PYTHONDONTWRITEBYTECODE": "1"}
+    if host is not None:
+        environment["EXVIDEO_HOST"] = str(host.path)
+    return subprocess.run([python, *arguments], cwd=PACK, env=environment, check=False)
+
+
+def _has_gpu() -> bool:
+    tool = shutil.which("nvidia-smi")
+    return tool is not None and subprocess.run([tool, "-L"], capture_output=True, check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""A ComfyUI server with this pack, on a free loopback port, in a folder of its own. Runs in a host's Python."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+
+from .hosts import PACK, Host
+
+Prompt = dict[str, dict[str, Any]]
+ProgressCallback = Callable[[str, int, int], None]
+
+
+class ServerError(RuntimeError):
+    """The server did not start or went away; the message holds the end of its log."""
+
+
+@dataclass
+class Result:
+    """How a prompt ended.
+
+    Attributes:
+        status: `success`, `error`, `interrupted`, or `invalid` (refused before it ran).
+        outputs: node id -> its outputs, as in the history.
+        error: the failed node's `node_id`, `node_type`, `exception_type`, `exception_message`; of an invalid
+            prompt, the server's answer.
+    """
+
+    status: str
+    outputs: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] = field(default_factory=dict)
+
+
+class Server:
+    """Starts on `with`, stops and removes its folder after it.
+
+    Args:
+        host: the ComfyUI to run.
+        pack: the folder of the pack.
+        keep: leave the server's folder.
+    """
+
+    def __init__(self, host: Host, pack: Path = PACK, keep: bool = False) -> None:
+        self.host = host
+        self.keep = keep
+        self.base = Path(tempfile.mkdtemp(prefix="exvideo-server-"))
+        self.models = self.base / "models"
+        self.output = self.base / "output"
+        for name in ("custom_nodes", "models/checkpoints", "models/exvideo", "input", "output", "temp", "user"):
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        _link(pack, self.base / "custom_nodes" / pack.name)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = self.base / "server.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Server:
+        import torch
+
+        command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes"]
+        command += [] if torch.cuda.is_available() else ["--cpu"]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.host.path, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
+
+    def get(self, path: str) -> Any:
+        return self._request("GET", path)[1]
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        return self._request("POST", path, json=body or {})
+
+    def upload_image(self, path: Path) -> str:
+        form = aiohttp.FormData()
+        form.add_field("image", path.read_bytes(), filename=path.name)
+        status, answer = self._request("POST", "/upload/image", data=form)
+        if status != 200:
+            raise ServerError(f"upload of {path.name} failed: {answer}")
+        return str(answer["name"])
+
+    def run(self, prompt: Prompt, on_progress: ProgressCallback | None = None, timeout: float = 600) -> Result:
+        """Queue an API-format prompt and wait for its end.
+
+        Args:
+            on_progress: called with node id, step and number of steps.
+        """
+        return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress), timeout))
+
+    def interrupt(self) -> None:
+        self.post("/interrupt")
+
+    async def _run(self, prompt: Prompt, on_progress: ProgressCallback | None) -> Result:
+        client = uuid.uuid4().hex
+        async with (
+            aiohttp.ClientSession(self.url) as session,
+            session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as socket_,
+        ):
+            async with session.post("/prompt", json={"prompt": prompt, "client_id": client}) as response:
+                answer = await response.json()
+            if response.status != 200:
+                return Result("invalid", error=answer)
+            prompt_id = answer["prompt_id"]
+            async for message in socket_:
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    continue
+                event = json.loads(message.data)
+                kind, data = event["type"], event.get("data", {})
+                if kind == "progress" and on_progress is not None:
+                    on_progress(str(data.get("node")), data["value"], data["max"])
+                if data.get("prompt_id") != prompt_id:
+                    continue
+                if kind == "execution_error":
+                    return Result("error", error=data)
+                if kind == "execution_interrupted":
+                    return Result("interrupted", error=data)
+                if kind == "execution_success":
+                    return Result("success", outputs=await self._outputs(session, prompt_id))
+            raise ServerError(f"the server closed the connection:\n{self.log()[-3000:]}")
+
+    async def _outputs(self, session: aiohttp.ClientSession, prompt_id: str) -> dict[str, Any]:
+        for _ in range(100):  # the history is written just after the message
+            async with session.get(f"/history/{prompt_id}") as response:
+                entry = (await response.json()).get(prompt_id)
+            if entry is not None:
+                return dict(entry["outputs"])
+            await asyncio.sleep(0.05)
+        raise ServerError(f"prompt {prompt_id} is not in the history")
+
+    def _request(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
+        async def request() -> tuple[int, Any]:
+            async with (
+                aiohttp.ClientSession(self.url) as session,
+                session.request(method, path, **options) as response,
+            ):
+                is_json = response.content_type == "application/json"
+                return response.status, await (response.json() if is_json else response.text())
+
+        return asyncio.run(request())
+
+    def _wait_until_up(self, seconds: float = 180) -> None:
+        assert self.process is not None
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise ServerError(f"ComfyUI ended with {self.process.returncode}:\n{self.log()[-3000:]}")
+            try:
+                self.get("/system_stats")
+                return
+            except aiohttp.ClientError:
+                time.sleep(0.3)
+        raise ServerError(f"ComfyUI did not answer within {seconds:.0f} s:\n{self.log()[-3000:]}")
+
+    def _stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if not self.keep:
+            shutil.rmtree(self.base, ignore_errors=True)
+
+
+def _link(target: Path, link: Path) -> None:
+    """A link to a folder: a junction on Windows, where symbolic links need rights."""
+    if sys.platform == "win32":
+        subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(target)], check=True, capture_output=True)
+    else:
+        link.symlink_to(target, target_is_directory=True)
