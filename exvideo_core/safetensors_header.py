@@ -37,20 +37,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+            start = file.read(64)
+            length = int.from_bytes(start[:8], "little")
+            # The format demands that the header opens with a brace: no other kind of file has one there.
+            if start[8:9] != b"{" or not 2 <= length <= _MAX_HEADER_BYTES:
                 raise _not_safetensors(path, start)
             if 8 + length > size:
-                first = start + file.read(64)
-                raise _not_safetensors(path, first) if _known_kind(first) else ModelFileError(
-                    path, "is cut off inside its header.", again
-                )
+                raise ModelFileError(path, "is cut off inside its header.", again)
+            file.seek(8)
             raw = file.read(length)
     except OSError as error:
         raise ModelFileError(path, f"cannot be read: {error.strerror}.", "Check that it is there and readable.") from error
-    if not raw.lstrip().startswith(b"{"):
-        raise _not_safetensors(path, start + raw[:64])
     try:
         entries: dict[str, Any] = json.loads(raw, object_pairs_hook=_without_duplicates)
         metadata = dict(entries.pop("__metadata__", None) or {})
