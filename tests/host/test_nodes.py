@@ -1,0 +1,82 @@
+"""The interface that saved workflows hold: ids, inputs in order, defaults, outputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parents[2]
+SNAPSHOT = Path(__file__).with_name("node_interface.json")
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """The pack, loaded as the host loads it: from a folder whose name is not ours to choose."""
+    name = "a folder-with any.name"
+    spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    importlib.import_module(f"{name}.nodes.folders").register_model_folder()
+    return importlib.import_module(f"{name}.nodes").NODES
+
+
+def describe(node) -> dict:
+    schema = node.define_schema()
+    return {
+        "inputs": [[i.id, i.io_type, getattr(i, "default", None), bool(i.optional)] for i in schema.inputs],
+        "outputs": [[o.io_type, o.display_name] for o in schema.outputs],
+        "category": schema.category,
+    }
+
+
+def test_interface_is_the_promised_one(nodes) -> None:
+    found = {node.define_schema().node_id: describe(node) for node in nodes}
+    assert found == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+
+
+def test_every_input_and_output_has_a_tooltip(nodes) -> None:
+    for node in nodes:
+        schema = node.define_schema()
+        assert schema.description and schema.category.startswith("ExVideo")
+        for item in [*schema.inputs, *schema.outputs]:
+            assert item.tooltip, (schema.node_id, item.id)
+
+
+def test_every_node_has_a_help_page(nodes) -> None:
+    for node in nodes:
+        page = PACK / "web" / "docs" / f"{node.define_schema().node_id}.md"
+        text = page.read_text(encoding="utf-8")
+        for item in node.define_schema().inputs:
+            assert f"`{item.id}`" in text, (page.name, item.id)
+
+
+def test_the_model_folder_takes_safetensors_only(nodes) -> None:
+    import folder_paths
+
+    assert folder_paths.folder_names_and_paths["exvideo"][1] == {".safetensors"}
+
+
+def test_registering_imports_nothing_heavy() -> None:
+    """A fresh Python that has only stubs of the host's API: torch and comfy must not be touched."""
+    code = (
+        "import sys, importlib.util, types, unittest.mock as m\n"
+        "api = types.ModuleType('comfy_api.latest'); api.io = m.MagicMock(); api.ComfyExtension = object\n"
+        "api.io.ComfyNode = object\n"
+        "sys.modules['comfy_api'] = types.ModuleType('comfy_api'); sys.modules['comfy_api.latest'] = api\n"
+        "sys.modules['folder_paths'] = m.MagicMock(folder_names_and_paths=m.MagicMock())\n"
+        f"spec = importlib.util.spec_from_file_location('pack', {str(PACK / '__init__.py')!r}, "
+        f"submodule_search_locations=[{str(PACK)!r}])\n"
+        "pack = importlib.util.module_from_spec(spec); sys.modules['pack'] = pack; spec.loader.exec_module(pack)\n"
+        "import pack.nodes.loaders, pack.nodes.conditioning, pack.nodes.latents\n"
+        "print(sorted({'torch', 'numpy', 'safetensors', 'comfy', 'einops'} & set(sys.modules)))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"

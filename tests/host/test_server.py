@@ -1,0 +1,185 @@
+"""Through a real server: the saved workflow, every bad file, cancelling, and many alternating prompts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from pathlib import Path
+
+import av
+import psutil
+import pytest
+import torch
+from runner import small_model
+from runner.hosts import PACK, Host
+from runner.server import Server
+from safetensors.torch import load_file, save_file
+
+QUICKSTART = PACK / "workflows" / "api" / "exvideo_quickstart.json"
+
+
+@pytest.fixture(scope="module")
+def server(host_path, small_models):
+    server = Server(Host(host_path))
+    for path in small_models:
+        (server.models / path.parent.name / path.name).write_bytes(path.read_bytes())
+    with server:
+        server.upload_image(PACK / "examples" / "astronaut.jpg")
+        yield server
+
+
+def prompt(**changes: dict) -> dict:
+    """The saved quickstart with our picture, and changed inputs by class."""
+    graph = json.loads(QUICKSTART.read_text(encoding="utf-8"))
+    for node in graph.values():
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = "astronaut.jpg"
+        node["inputs"].update(changes.get(node["class_type"], {}))
+    return graph
+
+
+def quick(**changes: dict) -> dict:
+    """The same at 8 frames and 2 steps, ending in lossless pictures."""
+    sizes = {"width": 64, "height": 64, "frames": 8}
+    graph = prompt(**{"ExVideoConditioning": sizes, "KSampler": {"steps": 2}, **changes})
+    for key in [key for key, node in graph.items() if node["class_type"] in ("CreateVideo", "SaveVideo")]:
+        del graph[key]
+    decode = next(key for key, node in graph.items() if node["class_type"] == "ExVideoDecode")
+    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "frame"}}
+    return graph
+
+
+def unpatched(graph: dict) -> dict:
+    """Without ExVideoApply: its users read the checkpoint's model."""
+    graph = copy.deepcopy(graph)
+    apply = next(key for key, node in graph.items() if node["class_type"] == "ExVideoApply")
+    model = graph[apply]["inputs"]["model"]
+    del graph[apply]
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if value == [apply, 0]:
+                node["inputs"][name] = model
+    return graph
+
+
+def frames(server: Server, result) -> list[bytes]:
+    assert result.status == "success", result.error
+    images = next(output["images"] for output in result.outputs.values() if "images" in output)
+    paths = [server.output / image["subfolder"] / image["filename"] for image in images]
+    pixels = [_pixels(path) for path in paths]
+    for path in paths:
+        path.unlink()
+    return pixels
+
+
+def _pixels(path: Path) -> bytes:
+    from PIL import Image
+
+    return Image.open(path).tobytes()  # without the metadata, which differ from prompt to prompt
+
+
+def test_saved_workflow_makes_128_frames(server) -> None:
+    result = server.run(prompt(ExVideoConditioning={"width": 128, "height": 64}, KSampler={"steps": 2}))
+    assert result.status == "success", result.error
+    entry = next(e for output in result.outputs.values() for e in output.get("images", []))
+    with av.open(str(server.output / entry["subfolder"] / entry["filename"])) as container:
+        stream = container.streams.video[0]
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert len(decoded) == 128 and decoded[0].shape == (64, 128, 3)
+    assert float(stream.average_rate) == 30
+    assert torch.tensor(decoded[0]).float().std() > 1  # not one flat colour
+
+
+def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
+    content = load_file(good)
+    first = next(iter(content))
+    save_file({k: v for k, v in content.items() if k != first}, folder / "missing.safetensors")
+    save_file({**content, "blocks.1.x": torch.zeros(1)}, folder / "extra.safetensors")
+    save_file({**content, f"unet.{first}": content[first].clone()}, folder / "duplicate.safetensors")
+    save_file({**content, first: torch.zeros(3).half()}, folder / "shape.safetensors")
+    spoiled = {**content, first: torch.full_like(content[first], float("nan"))}
+    save_file(spoiled, folder / "nan.safetensors")
+    (folder / "cut.safetensors").write_bytes(good.read_bytes()[:-1000])
+    (folder / "text.safetensors").write_bytes(b"hello world, this is text")
+    torch.save({"a": torch.zeros(1)}, folder / "pickle.safetensors")
+    save_file({"model.diffusion_model.input_blocks.1.1.time_stack.0.x": torch.zeros(1)}, folder / "svd.safetensors")
+    save_file({"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(1)}, folder / "sd.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    other = small_model.random_extension([32] * 16, 64, 8, generator)
+    save_file(other, folder / "narrow.safetensors")
+    return {
+        "missing": ("ExVideoLoader", "lacks"),
+        "extra": ("ExVideoLoader", "blocks.1.x"),
+        "duplicate": ("ExVideoLoader", "twice"),
+        "shape": ("ExVideoLoader", "of shape [3]"),
+        "nan": ("ExVideoLoader", "NaN"),
+        "cut": ("ExVideoLoader", "cut off"),
+        "text": ("ExVideoLoader", "not a safetensors file"),
+        "pickle": ("ExVideoLoader", "pickle"),
+        "svd": ("ExVideoLoader", "SVD checkpoint"),
+        "sd": ("ExVideoLoader", "Stable Diffusion checkpoint"),
+        "narrow": ("ExVideoApply", "does not fit this model"),
+    }
+
+
+def test_every_bad_file_fails_clearly_and_the_next_prompt_succeeds(server, small_models) -> None:
+    good = frames(server, server.run(quick()))
+    for name, (node, message) in bad_files(server.models / "exvideo", small_models[1]).items():
+        result = server.run(quick(ExVideoLoader={"extension_name": f"{name}.safetensors"}))
+        assert result.status == "error", name
+        assert result.error["node_type"] == node, name
+        assert message in result.error["exception_message"], (name, result.error["exception_message"])
+        assert f"{name}.safetensors" in result.error["exception_message"]
+        assert frames(server, server.run(quick(KSampler={"steps": 2}))) == good, name
+
+
+def test_a_pickle_by_name_and_a_wrong_overlap_are_refused_before_running(server) -> None:
+    result = server.run(quick(ExVideoLoader={"extension_name": "extension.pt"}))
+    assert result.status == "invalid"
+    result = server.run(quick(ExVideoDecode={"chunk_frames": 4, "overlap_frames": 4}))
+    assert result.status == "invalid" and "overlap_frames (4)" in json.dumps(result.error)
+
+
+def test_too_many_frames_fail_on_the_sampler_and_leave_the_server_usable(server) -> None:
+    sizes = {"width": 64, "height": 64, "frames": 130}
+    result = server.run(quick(ExVideoConditioning=sizes))
+    assert result.status == "error" and result.error["node_type"] == "KSampler"
+    assert "130 frames" in result.error["exception_message"]
+    assert len(frames(server, server.run(quick()))) == 8
+
+
+def test_cancelled_then_both_models_give_what_they_gave(server) -> None:
+    patched, plain = frames(server, server.run(quick())), frames(server, server.run(unpatched(quick())))
+    assert patched != plain
+    timer = []
+
+    def cancel(node: str, step: int, steps: int) -> None:
+        if not timer:
+            timer.append(threading.Thread(target=server.interrupt))
+            timer[0].start()
+
+    sizes = {"width": 128, "height": 128, "frames": 40}
+    result = server.run(quick(ExVideoConditioning=sizes, KSampler={"steps": 30}), cancel)
+    timer[0].join()
+    assert result.status == "interrupted"
+    seeds = {"seed": 0}
+    assert frames(server, server.run(unpatched(quick(KSampler={**seeds, "steps": 2})))) == plain
+    assert frames(server, server.run(quick())) == patched
+
+
+def test_thirty_alternating_prompts_do_not_grow(server) -> None:
+    process = psutil.Process(server.process.pid)
+    results: dict[str, set] = {"patched": set(), "plain": set()}
+    memory = []
+    for number in range(30):
+        # A new noise seed on the picture at strength 0 leaves the result and makes the host run every node anew.
+        fresh = {"seed": 1000 + number, "noise_aug_strength": 0.0, "width": 64, "height": 64, "frames": 8}
+        graph = quick(ExVideoConditioning=fresh)
+        name = "plain" if number % 2 else "patched"
+        result = server.run(unpatched(graph) if number % 2 else graph)
+        results[name].add(b"".join(frames(server, result)))
+        memory.append(process.memory_info().rss / 2**20)
+    assert [len(found) for found in results.values()] == [1, 1]
+    print(f"RSS after the first pair {memory[1]:.0f} MB, at the end {memory[-1]:.0f} MB")
+    assert memory[-1] - memory[1] < 40
