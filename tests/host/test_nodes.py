@@ -18,7 +18,7 @@ SNAPSHOT = Path(__file__).with_name("node_interface.json")
 @pytest.fixture(scope="module")
 def nodes():
     """The pack, loaded as the host loads it: from a folder whose name is not ours to choose."""
-    name = "a folder-with any.name"
+    name = "a folder-with any name"
     spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

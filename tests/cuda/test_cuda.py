@@ -1,0 +1,82 @@
+"""What a CPU cannot show: full and partial loading, the dynamic patcher, alternation and half precision on a GPU."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.model_patcher
+import pytest
+import svd
+import torch
+from exvideo_core.hosts.comfyui.patch import apply_extension
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def inputs(dtype: torch.dtype, frames: int = 16):
+    generator = torch.Generator().manual_seed(2)
+    sample = torch.randn(1, frames, 8, 16, 16, generator=generator)
+    context = torch.randn(1, 1, svd.CONTEXT, generator=generator)
+    return sample.to(CUDA, dtype), context.to(CUDA, dtype), torch.tensor([[29.0, 127.0, 0.02]])
+
+
+def on_gpu(pair: svd.Pair, dynamic: bool) -> comfy.model_patcher.ModelPatcher:
+    kind = comfy.model_patcher.ModelPatcher
+    if dynamic:
+        kind = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
+        if kind is None:
+            pytest.skip("this ComfyUI has no dynamic patcher")
+        import comfy.memory_management
+
+        if not comfy.memory_management.aimdo_enabled:
+            pytest.skip("dynamic VRAM loading is not available here")
+    return kind(pair.base.model, load_device=CUDA, offload_device=CPU)
+
+
+def call(model, dtype: torch.dtype) -> torch.Tensor:
+    sample, context, ids = inputs(dtype)
+    model.model.embedder.to(CUDA)
+    return svd.call_host(model, sample, 0.7, context, ids.to(CUDA)).cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_further_from_the_truth_than_the_reference(dtype: torch.dtype) -> None:
+    pair = svd.make_pair(dtype)
+    sample, context, ids = inputs(dtype)
+
+    def reference(kind: torch.dtype) -> torch.Tensor:
+        unet = pair.reference(kind).to(CUDA)
+        with torch.no_grad():
+            return unet(sample[0].to(kind), 0.7, context[0].to(kind), ids.to(CUDA)).cpu()
+
+    truth = reference(torch.float32)
+    ours = svd.relative_error(call(apply_extension(on_gpu(pair, False), pair.extension), dtype)[0], truth)
+    theirs = svd.relative_error(reference(dtype), truth)
+    print(f"{dtype}: ours {ours:.2e}, the reference's {theirs:.2e}")
+    assert ours < 5e-5 if dtype == torch.float32 else ours <= theirs * 1.05
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_alternation_on_the_gpu(dynamic: bool) -> None:
+    pair = svd.make_pair(torch.float16)
+    base = on_gpu(pair, dynamic)
+    patched = apply_extension(base, pair.extension)
+    plain, extended = call(base, torch.float16), call(patched, torch.float16)
+    assert not plain.equal(extended)
+    for model, expected in ((base, plain), (patched, extended)) * 3:
+        assert call(model, torch.float16).equal(expected)
+    convolution = patched.model.diffusion_model.middle_block[1].positional_conv
+    assert dynamic or convolution.weight.device.type == "cuda"
+    comfy.model_management.unload_all_models()
+    assert call(base, torch.float16).equal(plain)
+    assert call(patched, torch.float16).equal(extended)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.4, 0.8])
+def test_partial_loading_on_the_gpu(part: float) -> None:
+    pair = svd.make_pair(torch.float16)
+    patched = apply_extension(on_gpu(pair, False), pair.extension)
+    expected = call(patched, torch.float16)
+    patched.partially_unload(CPU, int((1 - part) * patched.loaded_size()))
+    assert patched.loaded_size() < patched.model_size()
+    error = svd.relative_error(call(patched, torch.float16), expected)
+    assert error < 2e-3
