@@ -65,7 +65,9 @@ def small_model(folder: Path) -> int:
         return 1
     python = host_python(Host(folder.resolve()))
     models = folder.resolve() / "models"
-    return _python(python, "-m", "runner.small_model", "--host", str(folder.resolve()), "--models", str(models)).returncode
+    return _python(
+        python, "-m", "runner.small_model", "--host", str(folder.resolve()), "--models", str(models)
+    ).returncode
 
 
 def run_tests(tiers: tuple[str, ...]) -> int:
@@ -93,7 +95,9 @@ def run_tests(tiers: tuple[str, ...]) -> int:
             failed |= not ok
             for key, number in zip(counts, (passed, missed, skipped), strict=True):
                 counts[key] += number
-            lines.append(f"{'passed' if ok else 'FAILED'} tier {name}: {passed} passed, {missed} failed, {skipped} skipped")
+            lines.append(
+                f"{'passed' if ok else 'FAILED'} tier {name}: {passed} passed, {missed} failed, {skipped} skipped"
+            )
     print("\n" + "\n".join(lines))
     print(", ".join(f"{number} {key}" for key, number in counts.items()))
     return int(failed)
@@ -107,9 +111,10 @@ def _pytest(python: Path, tier: str, host: Host | None) -> tuple[int, int, int]:
         done = _python(python, *arguments, f"--junitxml={report}", host=host)
         if not report.exists():
             return 0, 1, 0
-        suites = ElementTree.parse(report).getroot().iter("testsuite")
-        totals = [sum(values) for values in zip(*([int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")] for suite in suites))]
-    tests, failures, errors, skipped = totals
+        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    tests, failures, errors, skipped = (
+        sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    )
     missed = failures + errors
     if done.returncode not in (0, 5) and missed == 0:
         missed = 1

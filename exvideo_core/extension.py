@@ -106,7 +106,11 @@ class Extension:
         for name, tensor in tensors.items():
             # min and max in one pass each find NaN and Inf without a mask the size of the tensor.
             if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-                raise ModelFileError(path, f"holds NaN or infinite values in {name}.", "Its training diverged or it is damaged: use another file.")
+                raise ModelFileError(
+                    path,
+                    f"holds NaN or infinite values in {name}.",
+                    "Its training diverged or it is damaged: use another file.",
+                )
         return cls.from_tensors(os.path.basename(path), tensors)
 
     def check_fits(self, widths: Sequence[int], context_dim: int) -> None:
@@ -121,8 +125,10 @@ class Extension:
         """
         if self.widths != tuple(widths) or self.context_dim != context_dim:
             raise ValueError(
-                f"The extension '{self.name}' does not fit this model: its blocks are {_runs(self.widths)} wide and read "
-                f"an image embedding of {self.context_dim}, the model's are {_runs(widths)} wide and read {context_dim}. "
+                f"The extension '{self.name}' does not fit this model: its blocks are {_runs(self.widths)} wide and "
+                f"read "
+                f"an image embedding of {self.context_dim}, the model's are {_runs(widths)} wide and read "
+                f"{context_dim}. "
                 "Load the SVD checkpoint that the extension was trained on."
             )
 
@@ -156,15 +162,25 @@ def _check_layout(path: str | os.PathLike[str], names: Mapping[str, str], header
     expected = layouts.extension_shapes(widths, context_dim, frames)
     missing = sorted(expected.keys() - shapes.keys())
     if missing:
-        raise ModelFileError(path, f"lacks {_some(missing)} of an ExVideo extension.", "It is incomplete: download or export it again.")
+        raise ModelFileError(
+            path, f"lacks {_some(missing)} of an ExVideo extension.", "It is incomplete: download or export it again."
+        )
     extra = sorted(shapes.keys() - expected.keys())
     if extra:
-        raise ModelFileError(path, f"holds {_some(extra)} that no ExVideo extension has.", "Export the extension's own tensors only.")
+        raise ModelFileError(
+            path, f"holds {_some(extra)} that no ExVideo extension has.", "Export the extension's own tensors only."
+        )
     for name, shape in expected.items():
         if shapes[name] != shape or 0 in shape:
-            raise ModelFileError(path, f"has {name} of shape {list(shapes[name])}, expected {list(shape)}.", "It is damaged or of another model: use another file.")
+            raise ModelFileError(
+                path,
+                f"has {name} of shape {list(shapes[name])}, expected {list(shape)}.",
+                "It is damaged or of another model: use another file.",
+            )
         if header.dtypes[names[name]] not in _DTYPES:
-            raise ModelFileError(path, f"holds {name} as {header.dtypes[names[name]]}.", "Use a file in fp16, bf16 or fp32.")
+            raise ModelFileError(
+                path, f"holds {name} as {header.dtypes[names[name]]}.", "Use a file in fp16, bf16 or fp32."
+            )
 
 
 def _guess_kind(shapes: Mapping[str, object]) -> str:

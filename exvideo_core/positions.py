@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 
-PositionMode = Literal["trained", "stretch", "repeat"]
-POSITION_MODES: tuple[PositionMode, ...] = get_args(PositionMode)
+from .position_modes import PositionMode
 
 #: Positions that the first frames of a clip have to themselves: the ping-pong never returns to them.
 _LEAD_IN = 5

@@ -47,7 +47,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             file.seek(8)
             raw = file.read(length)
     except OSError as error:
-        raise ModelFileError(path, f"cannot be read: {error.strerror}.", "Check that it is there and readable.") from error
+        raise ModelFileError(
+            path, f"cannot be read: {error.strerror}.", "Check that it is there and readable."
+        ) from error
     try:
         entries: dict[str, Any] = json.loads(raw, object_pairs_hook=_without_duplicates)
         metadata = dict(entries.pop("__metadata__", None) or {})

@@ -56,9 +56,7 @@ def positional_convolution(
     return convolved.permute(0, 3, 4, 2, 1).reshape(-1, frames, channels)
 
 
-def blended_convolution(
-    weight: torch.Tensor, bias: torch.Tensor, strength: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def blended_convolution(weight: torch.Tensor, bias: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The convolution's weights, moved towards identity where strength is below 1.
 
     Args:

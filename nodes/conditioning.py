@@ -22,8 +22,8 @@ class ExVideoConditioning(io.ComfyNode):
             node_id="ExVideoConditioning",
             display_name="ExVideo Conditioning",
             category="ExVideo",
-            description="Makes SVD's conditioning from the clip's first picture, as the ExVideo reference does, and the "
-            "empty latent of the clip. The same seed gives the same conditioning.",
+            description="Makes SVD's conditioning from the clip's first picture, as the ExVideo reference does, and "
+            "the empty latent of the clip. The same seed gives the same conditioning.",
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder of the SVD checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),

@@ -17,8 +17,8 @@ class ExVideoNormalizeLatent(io.ComfyNode):
             node_id="ExVideoNormalizeLatent",
             display_name="ExVideo Normalize Latent",
             category="ExVideo",
-            description="Gives every frame of a sampled clip the same brightness and contrast, as the ExVideo reference "
-            "does before it decodes.",
+            description="Gives every frame of a sampled clip the same brightness and contrast, as the ExVideo "
+            "reference does before it decodes.",
             inputs=[
                 io.Latent.Input("latent", tooltip="The sampled clip."),
                 io.Boolean.Input(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..exvideo_core.positions import POSITION_MODES, PositionMode
+from ..exvideo_core.position_modes import POSITION_MODES, PositionMode
 from .types import ExtensionSocket
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ class ExVideoApply(io.ComfyNode):
             description="Applies an ExVideo extension to an SVD model, so that it makes clips as long as the "
             "extension was trained for (128 frames for ExVideo-SVD-128f-v1).",
             inputs=[
-                io.Model.Input("model", tooltip="An SVD model of the extension's widths; LoRAs may come before or after."),
+                io.Model.Input(
+                    "model", tooltip="An SVD model of the extension's widths; LoRAs may come before or after."
+                ),
                 ExtensionSocket.Input("extension", tooltip="The extension, from Load ExVideo Extension."),
                 io.Float.Input(
                     "strength",
@@ -45,7 +47,9 @@ class ExVideoApply(io.ComfyNode):
                     "forth.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="A patched clone; the input model stays as it was.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="A patched clone; the input model stays as it was.")
+            ],
         )
 
     @classmethod

@@ -25,7 +25,10 @@ def main() -> int:
     host = Host(parser.parse_args().host)
     started = time.monotonic()
     server = Server(host)
-    print(f"Making the small model (seeded random weights: the video will be coloured noise) for ComfyUI {host.version} ...")
+    print(
+        f"Making the small model for ComfyUI {host.version} (seeded random weights: the video will be coloured noise) ...",
+        flush=True,
+    )
     subprocess.run(
         [sys.executable, "-m", "runner.small_model", "--host", str(host.path), "--models", str(server.models)],
         cwd=PACK, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -45,8 +48,11 @@ def main() -> int:
             return 1
         video = _keep(server.output, result.outputs)
     frames, width, height = _probe(video)
-    print(f"{video}\n{frames} frames of {width}x{height} in {time.monotonic() - started:.0f} s, by ComfyUI {host.version} "
-          f"on {device} ({platform.machine()}). The weights are random: this shows that it runs, not what ExVideo looks like.")
+    print(
+        f"{video}\n{frames} frames of {width}x{height} in {time.monotonic() - started:.0f} s, "
+        f"by ComfyUI {host.version} on {device} ({platform.machine()}).\n"
+        "The weights are random: this shows that it runs, not what ExVideo looks like."
+    )
     return 0 if frames == 128 else 1
 
 
@@ -57,7 +63,9 @@ def _show(prompt: dict[str, Any], node: str, step: int, steps: int) -> None:
 
 def _keep(output: Path, outputs: dict[str, Any]) -> Path:
     """Copy the video to the pack's `output` folder, under the next free number."""
-    entries = [entry for node in outputs.values() for kind in ("images", "video", "videos") for entry in node.get(kind, [])]
+    entries = [
+        entry for node in outputs.values() for kind in ("images", "video", "videos") for entry in node.get(kind, [])
+    ]
     entry = next(entry for entry in entries if entry["filename"].endswith(".mp4"))
     folder = PACK / "output"
     folder.mkdir(exist_ok=True)

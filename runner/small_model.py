@@ -71,9 +71,7 @@ def make(models: Path, seed: int = 0, frames: int = 128) -> tuple[Path, Path]:
 
     generator = torch.Generator().manual_seed(seed)
     tensors = _checkpoint(generator)
-    widths = [
-        tensors[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS
-    ]
+    widths = [tensors[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS]
     extension = random_extension(widths, CONTEXT, frames, generator)
     metadata = {
         "exvideo.num_head_channels": str(HEAD_CHANNELS),

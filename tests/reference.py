@@ -71,7 +71,7 @@ def narrow_unet(divisor: int) -> types.ModuleType:
 def extended_unet(
     checkpoint: Mapping[str, torch.Tensor], extension: Mapping[str, torch.Tensor], divisor: int, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """The reference's UNet with an SVD checkpoint's weights (`model.diffusion_model.*`) and an extension's over them."""
+    """The reference's UNet with an SVD checkpoint's weights (`model.diffusion_model.*`), an extension's over them."""
     unet_module = narrow_unet(divisor)
     frames = extension["blocks.7.positional_embedding.embeddings"].shape[0]
     unet = unet_module.SVDUNet(add_positional_conv=frames).eval().requires_grad_(False)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
-import reference
 import torch
+
+import reference
 from exvideo_core.extension import Extension
 from runner import small_model
 
@@ -51,7 +52,9 @@ def make_pair(dtype: torch.dtype = torch.float32, frames: int = FRAMES, seed: in
     generator = torch.Generator().manual_seed(seed)
     config = comfy.supported_models.SVD_img2vid(dict(UNET))
     config.set_inference_dtype(torch.float32, None)
-    shapes = {name: value.shape for name, value in config.get_model({}, device="meta").diffusion_model.state_dict().items()}
+    shapes = {
+        name: value.shape for name, value in config.get_model({}, device="meta").diffusion_model.state_dict().items()
+    }
     weights = {
         f"model.diffusion_model.{name}": small_model.random_weight(name, shape, generator)
         for name, shape in shapes.items()
@@ -64,7 +67,11 @@ def make_pair(dtype: torch.dtype = torch.float32, frames: int = FRAMES, seed: in
 
 
 def call_host(
-    model: comfy.model_patcher.ModelPatcher, sample: torch.Tensor, timestep: float, context: torch.Tensor, ids: torch.Tensor
+    model: comfy.model_patcher.ModelPatcher,
+    sample: torch.Tensor,
+    timestep: float,
+    context: torch.Tensor,
+    ids: torch.Tensor,
 ) -> torch.Tensor:
     """One UNet call. sample [N, T, 8, H, W], context [N, 1, D], ids [N, 3] -> [N, T, 4, H, W]."""
     comfy.model_management.load_models_gpu([model])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import comfy.model_management
 import comfy.model_patcher
 import pytest
-import svd
 import torch
+
+import svd
 from exvideo_core.hosts.comfyui.patch import apply_extension
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -25,9 +26,9 @@ def on_gpu(pair: svd.Pair, dynamic: bool) -> comfy.model_patcher.ModelPatcher:
         kind = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
         if kind is None:
             pytest.skip("this ComfyUI has no dynamic patcher")
-        import comfy.memory_management
+        from comfy.memory_management import aimdo_enabled
 
-        if not comfy.memory_management.aimdo_enabled:
+        if not aimdo_enabled:
             pytest.skip("dynamic VRAM loading is not available here")
     return kind(pair.base.model, load_device=CUDA, offload_device=CPU)
 

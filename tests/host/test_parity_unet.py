@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import svd
 import torch
+
+import svd
 from exvideo_core.hosts.comfyui.patch import apply_extension
 
 
@@ -52,6 +53,8 @@ def test_half_precision_loses_no_more_than_the_reference_does(dtype: torch.dtype
     sample, context, ids = inputs(1, 8, 16, 16, dtype)
     truth = call_reference(exact, sample.float(), 0.7, context.float(), ids)
     theirs = svd.relative_error(call_reference(half.reference(dtype), sample, 0.7, context, ids), truth)
-    ours = svd.relative_error(svd.call_host(apply_extension(half.base, half.extension), sample, 0.7, context, ids), truth)
+    ours = svd.relative_error(
+        svd.call_host(apply_extension(half.base, half.extension), sample, 0.7, context, ids), truth
+    )
     print(f"{dtype}: ours {ours:.2e}, the reference's {theirs:.2e}")
     assert ours <= theirs

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import comfy.model_management
 import pytest
-import svd
 import torch
+from safetensors.torch import save_file
+
+import svd
 from exvideo_core.extension import Extension
 from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
 from exvideo_core.hosts.comfyui.patch import apply_extension
 from exvideo_core.safetensors_header import ModelFileError
-from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
 
@@ -121,8 +122,8 @@ def test_partial_loading_computes_the_same(base, extension, part) -> None:
         ids = patched.model.embedder(torch.tensor([29.0, 127.0, 0.02])).flatten()[None]
         with torch.no_grad():
             result = patched.model.diffusion_model(
-                sample, torch.full((6,), 0.5), context=context.expand(6, -1, -1), y=ids.expand(6, -1), num_video_frames=6,
-                transformer_options={},
+                sample, torch.full((6,), 0.5), context=context.expand(6, -1, -1), y=ids.expand(6, -1),
+                num_video_frames=6, transformer_options={},
             )  # fmt: skip
         torch.testing.assert_close(result[None], expected, rtol=1e-4, atol=1e-5)
     finally:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import comfy.sample
+import torch
+
 import reference
 import svd
-import torch
 from exvideo_core import imaging
 from exvideo_core.hosts.comfyui.patch import apply_extension
 

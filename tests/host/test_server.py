@@ -12,10 +12,11 @@ import av
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from runner import small_model
 from runner.hosts import PACK, Host
 from runner.server import Server
-from safetensors.torch import load_file, save_file
 
 QUICKSTART = PACK / "workflows" / "api" / "exvideo_quickstart.json"
 

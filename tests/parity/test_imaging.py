@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
 from einops import rearrange, repeat
+
+import reference
 from exvideo_core import imaging, layouts, positions
 
 
@@ -86,7 +87,7 @@ def test_layout_is_the_references() -> None:
 
 
 def test_shared_tensors_are_where_the_reference_puts_them() -> None:
-    """An SVD checkpoint whose tensors hold their own number, through the reference's converter and back by our names."""
+    """An SVD checkpoint whose tensors hold their own number, through the reference's converter."""
     svd_unet = reference.narrow_unet(5)
     names = [
         f"model.diffusion_model.{transformer}.{svd}"

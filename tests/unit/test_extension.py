@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from exvideo_core import layouts
 from exvideo_core.extension import Extension
 from exvideo_core.safetensors_header import ModelFileError
-from safetensors.torch import save_file
 
 WIDTHS = [8] * 16
 FULL_WIDTHS = [320, 320, 640, 640, *[1280] * 6, 640, 640, 640, 320, 320, 320]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from exvideo_core.positions import blended_table, ping_pong, sinusoidal, table_for
 
 

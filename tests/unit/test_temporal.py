@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from exvideo_core.temporal import blended_convolution, positional_convolution, reflect_pad
 
 

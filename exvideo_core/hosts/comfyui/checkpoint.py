@@ -57,7 +57,9 @@ def load_checkpoint(path: str) -> LoadedCheckpoint:
 
     config = comfy.model_detection.detect_unet_config({name: _Shape(shape) for name, shape in shapes.items()}, _UNET)
     if comfy.supported_models.SVD_img2vid.matches(config):
-        model, _, vae, clip_vision = comfy.sd.load_checkpoint_guess_config(path, output_clip=False, output_clipvision=True)
+        model, _, vae, clip_vision = comfy.sd.load_checkpoint_guess_config(
+            path, output_clip=False, output_clipvision=True
+        )
         return model, clip_vision, vae
     sizes = {key: int(header.metadata.get(key, default)) for key, default in METADATA_DEFAULTS.items()}
     sd = comfy.utils.load_torch_file(path)
@@ -156,9 +158,7 @@ class _VideoVAE(comfy.sd.VAE):
             "in_channels": 3,
             "out_ch": 3,
             "ch": width,
-            "ch_mult": [
-                sd[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] // width for level in range(levels)
-            ],
+            "ch_mult": [sd[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] // width for level in range(levels)],
             "num_res_blocks": len({k.split(".")[4] for k in sd if k.startswith("encoder.down.0.block.")}),
             "attn_resolutions": [],
             "dropout": 0.0,

@@ -30,7 +30,8 @@ from comfy.ldm.modules.attention import SpatialVideoTransformer
 
 from ... import layouts
 from ...extension import BlockWeights, Extension
-from ...positions import PositionMode, blended_table
+from ...position_modes import PositionMode
+from ...positions import blended_table
 from ...temporal import blended_convolution, positional_convolution
 
 if TYPE_CHECKING:
