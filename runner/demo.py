@@ -26,7 +26,7 @@ def main() -> int:
     started = time.monotonic()
     server = Server(host)
     print(
-        f"Making the small model for ComfyUI {host.version} (seeded random weights: the video will be coloured noise) ...",
+        f"Making the small model for ComfyUI {host.version} (seeded random weights: expect coloured noise) ...",
         flush=True,
     )
     subprocess.run(

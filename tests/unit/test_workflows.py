@@ -1,0 +1,56 @@
+"""The saved workflows: each UI file and its API twin are the same graph, with nodes of this pack and the host only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+HOST_NODES = {"LoadImage", "VideoLinearCFGGuidance", "KSampler", "CreateVideo", "SaveVideo"}
+
+
+def load(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_there_are_workflows() -> None:
+    assert {"exvideo_image_to_video", "exvideo_quickstart"} <= set(NAMES)
+    assert {path.stem for path in (FOLDER / "api").glob("*.json")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ui_and_api_are_one_graph(name: str) -> None:
+    ui, api = load(FOLDER / f"{name}.json"), load(FOLDER / "api" / f"{name}.json")
+    nodes = {str(node["id"]): node for node in ui["nodes"] if node["type"] != "MarkdownNote"}
+    assert {key: node["type"] for key, node in nodes.items()} == {k: n["class_type"] for k, n in api.items()}
+    links = {link[0]: [str(link[1]), link[2]] for link in ui["links"]}
+    for key, node in nodes.items():
+        wired = {i["name"]: links[i["link"]] for i in node["inputs"] if i.get("link") is not None}
+        assert wired == {n: v for n, v in api[key]["inputs"].items() if isinstance(v, list)}, key
+        # Widgets are stored by position; the frontend adds `control_after_generate` behind a seed.
+        stored = [value for value in node.get("widgets_values", []) if value not in ("randomize", "fixed", "image")]
+        given = [v for n, v in api[key]["inputs"].items() if not isinstance(v, list) and "." not in n]
+        assert stored == given, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_thumbnail_and_note(name: str) -> None:
+    ui = load(FOLDER / f"{name}.json")
+    kinds = {node["type"] for node in ui["nodes"]}
+    assert {kind for kind in kinds if not kind.startswith("ExVideo")} <= HOST_NODES | {"MarkdownNote"}
+    assert "MarkdownNote" in kinds
+    assert (FOLDER / f"{name}.jpg").read_bytes().startswith(b"\xff\xd8")
+
+
+def test_the_published_models_can_be_downloaded_from_the_graph() -> None:
+    ui, api = (load(FOLDER / part / "exvideo_image_to_video.json") for part in ("", "api"))
+    folders = {"ExVideoCheckpointLoader": "checkpoints", "ExVideoLoader": "exvideo"}
+    for node in ui["nodes"]:
+        if node["type"] in folders:
+            (model,) = node["properties"]["models"]
+            assert model["directory"] == folders[node["type"]]
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(".safetensors")
+            assert model["name"] in api[str(node["id"])]["inputs"].values()
