@@ -57,4 +57,5 @@ def test_half_precision_loses_no_more_than_the_reference_does(dtype: torch.dtype
         svd.call_host(apply_extension(half.base, half.extension), sample, 0.7, context, ids), truth
     )
     print(f"{dtype}: ours {ours:.2e}, the reference's {theirs:.2e}")
-    assert ours <= theirs
+    # The two round at different places: their ratio scatters by about 2 % around 1 from input to input.
+    assert ours <= 1.05 * theirs
