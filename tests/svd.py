@@ -62,7 +62,8 @@ def make_pair(dtype: torch.dtype = torch.float32, frames: int = FRAMES, seed: in
     widths = [64, 64, 128, 128, 256, 256, 256, 256, 256, 256, 128, 128, 128, 64, 64, 64]
     tensors = small_model.random_extension(widths, CONTEXT, frames, generator)
     weights = {name: value.to(dtype) for name, value in weights.items()}
-    tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    # Rounded to fp16 first, as published: on a GPU the host may compute weight patches in fp16.
+    tensors = {name: value.half().to(dtype) for name, value in tensors.items()}
     return Pair(patcher(dtype, weights), Extension.from_tensors("random", tensors), weights, tensors)
 
 
