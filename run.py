@@ -23,6 +23,7 @@ from runner.environment import host_python, test_python
 from runner.hosts import PACK, Host, find_hosts, is_host
 
 TIERS = ("unit", "parity", "host", "cuda")
+HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
 NO_HOST = (
     "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"
 )
@@ -31,18 +32,24 @@ NO_HOST = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("demo", help="make a 128-frame video in a real ComfyUI")
+    show = commands.add_parser("demo", help="make a 128-frame video in a real ComfyUI")
+    show.add_argument("--host", type=Path, help="the ComfyUI folder (default: the first one found)")
+    show.add_argument("--keep", action="store_true", help="leave the server's folder, with its log")
     test = commands.add_parser("test", help="run the tests")
     test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given again)")
+    test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     small = commands.add_parser("small-model", help="put the quickstart's small model into a ComfyUI")
     small.add_argument("folder", type=Path, help="the ComfyUI folder")
     options = parser.parse_args()
+    if sys.version_info < (3, 10):  # noqa: UP036 - says so where it is older
+        print(f"run.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.", file=sys.stderr)
+        return 1
     try:
         if options.command == "demo":
-            return demo()
+            return demo(options.host, options.keep)
         if options.command == "small-model":
             return small_model(options.folder)
-        return run_tests(tuple(options.tier or TIERS))
+        return run_tests(tuple(options.tier or TIERS), options.pytest)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
         return 1
@@ -50,13 +57,17 @@ def main() -> int:
         return 130
 
 
-def demo() -> int:
-    hosts = find_hosts()
+def demo(folder: Path | None = None, keep: bool = False) -> int:
+    if folder is not None and not is_host(folder):
+        print(f"{folder} is no ComfyUI folder (no main.py in it).", file=sys.stderr)
+        return 1
+    hosts = [Host(folder.resolve())] if folder is not None else find_hosts()
     if not hosts:
         print(f"Cannot make the demo: {NO_HOST}", file=sys.stderr)
         return 1
     host = hosts[0]
-    return _python(host_python(host), "-m", "runner.demo", "--host", str(host.path)).returncode
+    arguments = ["--host", str(host.path), *(["--keep"] if keep else [])]
+    return _python(host_python(host), "-m", "runner.demo", *arguments).returncode
 
 
 def small_model(folder: Path) -> int:
@@ -70,7 +81,7 @@ def small_model(folder: Path) -> int:
     ).returncode
 
 
-def run_tests(tiers: tuple[str, ...]) -> int:
+def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:
     hosts = find_hosts()
     lines: list[str] = []
     counts = {"passed": 0, "failed": 0, "skipped": 0}
@@ -88,9 +99,19 @@ def run_tests(tiers: tuple[str, ...]) -> int:
             continue
         else:
             runs = [(f"{tier}, ComfyUI {host.version}", lambda host=host: host_python(host), host) for host in hosts]
+        if not (PACK / "tests" / tier).is_dir():
+            lines.append(f"SKIPPED tier {tier}: there is no folder tests/{tier}.")
+            counts["skipped"] += 1
+            continue
         for name, find_python, host in runs:
             print(f"\n=== tier {name} ===", flush=True)
-            passed, missed, skipped = _pytest(find_python(), tier, host)
+            python = find_python()
+            if missing := _missing(python):
+                steps = " && ".join(f'"{python}" -m pip install {HOW[package]}' for package in missing)
+                lines.append(f"SKIPPED tier {name}: its Python lacks {' and '.join(missing)}. To run it: {steps}")
+                counts["skipped"] += 1
+                continue
+            passed, missed, skipped = _pytest(python, tier, host, extra)
             ok = passed > 0 and missed == 0
             failed |= not ok
             for key, number in zip(counts, (passed, missed, skipped), strict=True):
@@ -103,12 +124,12 @@ def run_tests(tiers: tuple[str, ...]) -> int:
     return int(failed)
 
 
-def _pytest(python: Path, tier: str, host: Host | None) -> tuple[int, int, int]:
+def _pytest(python: Path, tier: str, host: Host | None, extra: list[str]) -> tuple[int, int, int]:
     """Run one folder of tests; counts of passed, failed and skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         arguments = ("-m", "pytest", f"tests/{tier}", "-q", "-ra", "--durations=5", "-p", "no:cacheprovider")
-        done = _python(python, *arguments, f"--junitxml={report}", host=host)
+        done = _python(python, *arguments, f"--junitxml={report}", *extra, host=host)
         if not report.exists():
             return 0, 1, 0
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
@@ -116,7 +137,7 @@ def _pytest(python: Path, tier: str, host: Host | None) -> tuple[int, int, int]:
         sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
     )
     missed = failures + errors
-    if done.returncode not in (0, 5) and missed == 0:
+    if done.returncode != 0 and missed == 0:  # 5: no test was collected
         missed = 1
     return tests - failures - errors - skipped, missed, skipped
 
@@ -126,6 +147,12 @@ def _python(python: Path, *arguments: str, host: Host | None = None) -> subproce
     if host is not None:
         environment["EXVIDEO_HOST"] = str(host.path)
     return subprocess.run([python, *arguments], cwd=PACK, env=environment, check=False)
+
+
+def _missing(python: Path) -> list[str]:
+    """What an environment lacks for the tests. An install's own environment is the user's: never installed into."""
+    code = f"import importlib.util as u; print(*[n for n in {tuple(HOW)} if not u.find_spec(n)])"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 def _has_gpu() -> bool:

@@ -93,6 +93,8 @@ class Extension:
         """
         from safetensors import SafetensorError, safe_open
 
+        if os.path.splitext(path)[1] != ".safetensors":
+            raise ModelFileError(path, "is not a .safetensors file.", _SOURCE)
         header = read_header(path)
         names = _canonical_names(path, header)
         _check_layout(path, names, header)

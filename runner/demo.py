@@ -22,17 +22,23 @@ WORKFLOW = PACK / "workflows" / "api" / "exvideo_quickstart.json"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", type=Path, required=True)
-    host = Host(parser.parse_args().host)
+    parser.add_argument("--keep", action="store_true", help="leave the server's folder")
+    options = parser.parse_args()
+    host = Host(options.host)
     started = time.monotonic()
-    server = Server(host)
+    server = Server(host, keep=options.keep)
     print(
         f"Making the small model for ComfyUI {host.version} (seeded random weights: expect coloured noise) ...",
         flush=True,
     )
-    subprocess.run(
+    made = subprocess.run(
         [sys.executable, "-m", "runner.small_model", "--host", str(host.path), "--models", str(server.models)],
-        cwd=PACK, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        cwd=PACK, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    if made.returncode != 0:
+        print(f"FAILED to make the small model:\n{made.stdout[-3000:]}", file=sys.stderr)
+        server.remove()
+        return 1
     print("Starting the server ...", flush=True)
     with server:
         prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -55,13 +56,13 @@ def _environment(name: str, steps: list[list[str]], key: str) -> Path:
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if ready.exists():
         return python
-    lock = folder.with_suffix(".lock")
+    lock = folder.with_name(f"{folder.name}.lock")
     _acquire(lock)
     try:
         if not ready.exists():
             print(f"Making an environment for {name} in {folder} (once; takes some minutes) ...", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
-            venv.create(folder, with_pip=True)
+            venv.create(folder, with_pip=True, symlinks=sys.platform != "win32")
             for step in steps:
                 shown = " ".join(step) if len(step) < 5 else f"{len(step)} packages"
                 print(f"  pip install {shown}", flush=True)
@@ -75,11 +76,16 @@ def _environment(name: str, steps: list[list[str]], key: str) -> Path:
 def _acquire(lock: Path) -> None:
     """Wait while another run makes the same environment; a lock left over for an hour counts as abandoned."""
     lock.parent.mkdir(parents=True, exist_ok=True)
+    told = False
     while True:
         try:
             os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
             return
         except FileExistsError:
-            if time.time() - lock.stat().st_mtime > _LOCK_SECONDS:
-                lock.unlink(missing_ok=True)
+            if not told:
+                print(f"Another run makes this environment; waiting (if none does, remove {lock}) ...", flush=True)
+                told = True
+            with contextlib.suppress(FileNotFoundError):  # the other run may end just now
+                if time.time() - lock.stat().st_mtime > _LOCK_SECONDS:
+                    lock.unlink()
             time.sleep(2)

@@ -46,8 +46,13 @@ def find_hosts() -> list[Host]:
         if not is_host(path):
             raise SystemExit(f"COMFYUI_PATH names {path}, which is no ComfyUI folder (no main.py in it).")
     if named:
-        return [Host(path.resolve()) for path in named]
+        return _hosts(named)
     candidates = [PACK.parents[1]] if PACK.parent.name == "custom_nodes" else []
     home = Path.home() / "comfy"
     candidates += [home, *(sorted(home.iterdir(), reverse=True) if home.is_dir() else [])]
-    return [Host(path.resolve()) for path in candidates if is_host(path)]
+    return _hosts([path for path in candidates if is_host(path)])
+
+
+def _hosts(paths: list[Path]) -> list[Host]:
+    """Each once, in order: the enclosing install may lie under ~/comfy too."""
+    return [Host(path) for path in dict.fromkeys(path.resolve() for path in paths)]

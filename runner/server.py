@@ -76,6 +76,8 @@ class Server:
 
         command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes"]
+        # Else the server opens, and may migrate, the database of the user's install.
+        command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
         command += [] if torch.cuda.is_available() else ["--cpu"]
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         with self._log.open("wb") as log:
@@ -191,7 +193,13 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        if not self.keep:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the server's folder, unless it is to be kept."""
+        if self.keep:
+            print(f"The server's folder: {self.base}")
+        else:
             shutil.rmtree(self.base, ignore_errors=True)
 
 

@@ -118,6 +118,8 @@ def test_other_kinds_of_file(tmp_path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     refused(path, "damaged")
     refused(tmp_path / "absent.safetensors", "cannot be read")
+    torch.save({}, tmp_path / "extension.pt")
+    refused(tmp_path / "extension.pt", "not a .safetensors file")
 
 
 def test_models_of_another_kind(tmp_path: Path) -> None:
