@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import layouts
+from . import layouts, positions
 from .safetensors_header import Header, ModelFileError, read_header
 
 #: What training checkpoints put before the names (longest first).
@@ -114,6 +115,79 @@ class Extension:
                     "Its training diverged or it is damaged: use another file.",
                 )
         return cls.from_tensors(os.path.basename(path), tensors)
+
+    @classmethod
+    def untrained(
+        cls, shared: Sequence[Mapping[str, torch.Tensor]], widths: Sequence[int], frames: int, base_frames: int = 25
+    ) -> Extension:
+        """An extension that changes nothing yet, the start of post-tuning (paper section 3.2).
+
+        Positions are the base's own sinusoids, past `base_frames` in ping-pong order; the convolution is an
+        identity; the temporal weights are the base's.
+
+        Args:
+            shared: the base's 30 temporal weights of each of the 16 blocks, by their names under the SVD transformer.
+            widths: channels of each block.
+            frames: length to extend to.
+            base_frames: length that the base was trained for.
+
+        Raises:
+            ValueError: fewer than 1 frame.
+        """
+        if frames < 1:
+            raise ValueError(f"An extension needs at least 1 frame, not {frames}.")
+        rows = positions.ping_pong(frames, base_frames)
+        blocks = []
+        for weights, channels in zip(shared, widths, strict=True):
+            conv = torch.zeros(channels, channels, 3, 3, 3)
+            conv[:, :, 1, 1, 1].diagonal().fill_(1.0)
+            blocks.append(
+                BlockWeights(
+                    positions=positions.sinusoidal(rows, channels),
+                    conv_weight=conv,
+                    conv_bias=torch.zeros(channels),
+                    shared={name: tensor.detach() for name, tensor in weights.items()},
+                )
+            )
+        return cls("untrained", tuple(blocks))
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """The extension as a file holds it, named and shaped as in `layouts.extension_shapes`.
+
+        Args:
+            dtype: convert to this type (default: as they are).
+        """
+        found: dict[str, torch.Tensor] = {}
+        for block, weights in zip(layouts.BLOCK_IDS, self.blocks, strict=True):
+            prefix = f"blocks.{block}."
+            found[prefix + layouts.POSITIONS] = weights.positions
+            found[prefix + layouts.CONV_WEIGHT] = weights.conv_weight
+            found[prefix + layouts.CONV_BIAS] = weights.conv_bias
+            found |= {prefix + ours: weights.shared[svd] for ours, svd in layouts.SHARED_TENSORS.items()}
+        return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in found.items()}
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
+        """Write the extension in the published format, whole or not at all.
+
+        Raises:
+            ValueError: a value is not finite, or too large for the type.
+            OSError: the file cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        tensors = self.tensors(dtype)
+        for name, tensor in tensors.items():
+            if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+                raise ValueError(
+                    f"{name} holds NaN, infinite values, or values too large for {dtype}: not saved. Use a wider type."
+                )
+        part = f"{os.fspath(path)}.part"
+        try:
+            save_file(tensors, part, metadata={"format": "pt"})
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(part)
 
     def check_fits(self, widths: Sequence[int], context_dim: int) -> None:
         """Check that the blocks fit a model.

@@ -19,6 +19,10 @@ def reflect_pad(x: torch.Tensor) -> torch.Tensor:
     Returns:
         [B, T+2, H+2, W+2, C].
     """
+    if x.requires_grad and torch.is_grad_enabled() and min(x.shape[1:4]) > 1:
+        # torch's own gradient is 20 times faster than that of the copies below, whose forward is the faster one.
+        channels_first = torch.nn.functional.pad(x.permute(0, 4, 1, 2, 3), (1,) * 6, mode="reflect")
+        return channels_first.permute(0, 2, 3, 4, 1)
     batch, frames, height, width, channels = x.shape
     padded = x.new_empty(batch, frames + 2, height + 2, width + 2, channels)
     padded[:, 1:-1, 1:-1, 1:-1] = x

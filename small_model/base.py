@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from exvideo_core.imaging import clip_pixels
+from exvideo_core.post_tuning.loss import denoise, sigma_ramp
 
 from . import world
 from .first_stage import SCALING
@@ -36,7 +37,6 @@ UNET = {
     "projection_class_embeddings_input_dim": 96,
     "num_frames": FRAMES,
 }
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 700.0, 7.0
 _log = logging.getLogger("small_model")
 
 
@@ -77,21 +77,6 @@ def encode_clips(folder: Path, clips: int, frames: int, first_seed: int = 0) -> 
     return found
 
 
-def denoise(unet: torch.nn.Module, noisy, sigma, first, embedding, bucket):  # noqa: ANN001, ANN201
-    """v-prediction after EDM: the clean latents that the UNet sees in noisy ones.
-
-    Args:
-        noisy: [B, T, 4, H, W]; sigma: [B]; first: unscaled latents of the first frame [B, 4, H, W];
-        embedding: [B, 1, D]; bucket: [B].
-    """
-    s = sigma.view(-1, 1, 1, 1, 1)
-    shown = first[:, None].expand(-1, noisy.shape[1], -1, -1, -1)
-    ids = torch.stack([torch.full_like(sigma, FPS - 1), bucket.to(sigma), torch.full_like(sigma, NOISE_AUG)], dim=1)
-    model_input = torch.cat([noisy / (s.square() + 1).sqrt(), shown], dim=2)
-    velocity = unet(model_input, 0.25 * sigma.log(), embedding, ids, return_dict=False)[0].float()
-    return noisy / (s.square() + 1) - velocity * s / (s.square() + 1).sqrt()
-
-
 def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: int, seed: int = 0) -> None:
     from diffusers import UNetSpatioTemporalConditionModel
 
@@ -112,7 +97,7 @@ def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: 
         torch.set_rng_state(state["random"])
         start = state["step"]
         _log.info("resumed at step %d", start)
-    ramp = torch.linspace(SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO), 1000) ** RHO
+    ramp = sigma_ramp()
     began = time.monotonic()
     losses: list[float] = []
     for step in range(start, steps):
@@ -123,8 +108,10 @@ def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: 
         sigma = ramp[(places * len(ramp)).long()]
         noisy = latents + torch.randn_like(latents) * sigma.view(-1, 1, 1, 1, 1)
         first = (latents[:, 0] + NOISE_AUG * torch.randn_like(latents[:, 0])) / SCALING
+        ids = torch.tensor([[FPS - 1, 0, NOISE_AUG]]).repeat(batch, 1)
+        ids[:, 1] = data["buckets"][chosen]
         with torch.autocast("cpu", torch.bfloat16):
-            clean = denoise(unet, noisy, sigma, first, data["embeddings"][chosen], data["buckets"][chosen])
+            clean = denoise(unet, noisy, sigma, first, data["embeddings"][chosen], ids)
         error = (clean - latents).square().mean((1, 2, 3, 4))
         loss = (error * (1 + sigma.square()) / sigma.square()).mean()
         optimizer.zero_grad()

@@ -1,0 +1,1 @@
+"""The extension on diffusers' Stable Video Diffusion: the only package that imports `diffusers`."""

@@ -1,0 +1,81 @@
+"""The published loss: denoised latents at one noise level of the sampler's ramp (paper section 3.3)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+#: EDM's noise levels of SVD: the reference's `ContinuousODEScheduler`.
+SIGMA_MAX, SIGMA_MIN, RHO = 700.0, 0.002, 7.0
+RAMP_STEPS = 1000
+
+
+class VideoUNet(Protocol):
+    """diffusers' `UNetSpatioTemporalConditionModel`, or what wraps it."""
+
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        added_time_ids: torch.Tensor,
+        return_dict: bool,
+    ) -> tuple[torch.Tensor]: ...
+
+
+def sigma_ramp(steps: int = RAMP_STEPS) -> torch.Tensor:
+    """Karras noise levels from `SIGMA_MAX` down to `SIGMA_MIN` [steps], in float32 (Karras et al. 2022, eq. 5)."""
+    places = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ends = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+    return ((ends[0] + places * (ends[1] - ends[0])) ** RHO).float()
+
+
+def loss_weight(sigma: torch.Tensor) -> torch.Tensor:
+    """sqrt(1 + sigma^2) / sigma: the reference's `training_weight`."""
+    return (1 + sigma.square()).sqrt() / sigma
+
+
+def denoise(
+    unet: VideoUNet,
+    noisy: torch.Tensor,
+    sigma: torch.Tensor,
+    first: torch.Tensor,
+    embedding: torch.Tensor,
+    ids: torch.Tensor,
+) -> torch.Tensor:
+    """The clean latents that a UNet sees in noisy ones: v-prediction in EDM's parametrisation.
+
+    Args:
+        noisy: latents + sigma x noise [B, T, 4, H, W].
+        sigma: [B].
+        first: first frame's latents, not scaled by the VAE's factor [B, 4, H, W].
+        embedding: image embedding of the first frame [B, 1, D].
+        ids: fps - 1, motion bucket, noise augmentation [B, 3].
+
+    Returns:
+        [B, T, 4, H, W] in float32.
+    """
+    level = sigma.view(-1, 1, 1, 1, 1)
+    spread = (level.square() + 1).sqrt()
+    condition = first[:, None].expand(-1, noisy.shape[1], -1, -1, -1)
+    model_input = torch.cat([noisy / spread, condition], dim=2)
+    velocity = unet(model_input, 0.25 * sigma.log(), embedding, ids, return_dict=False)[0]
+    return noisy / spread.square() - velocity.float() * (level / spread)
+
+
+def post_tuning_loss(
+    denoised: torch.Tensor, latents: torch.Tensor, sigma: torch.Tensor, contrast: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error against the latents times `contrast`, unweighted and weighted by `loss_weight`.
+
+    The reference aims a little beyond the latents (1.01) because long clips come out grey otherwise.
+
+    Args:
+        denoised, latents: [B, T, 4, H, W]; sigma: [B].
+
+    Returns:
+        (mean error, loss to minimise), both scalars.
+    """
+    errors = (denoised.float() - latents.float() * contrast).square().flatten(1).mean(1)
+    return errors.mean(), (errors * loss_weight(sigma)).mean()

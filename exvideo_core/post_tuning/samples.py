@@ -1,0 +1,208 @@
+"""Training samples: which clip, which window, which noise, all fixed by the seed and the sample's number.
+
+No generator's state runs on from sample to sample, so a run that is resumed, or spread over more processes, sees
+exactly the samples that an undisturbed one sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..imaging import clip_pixels
+from .config import Config, ConfigError
+from .loss import RAMP_STEPS, sigma_ramp
+from .motion import motion_bucket
+from .videos import Video, read_window
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionModelWithProjection
+
+_ENCODE_AT_ONCE = 8  # frames
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training clip.
+
+    Attributes:
+        latents: scaled [1, T, 4, H, W].
+        noise: [1, T, 4, H, W].
+        sigma: noise level [1].
+        first: the first frame's latents, not scaled [1, 4, H, W].
+        embedding: image embedding of the first frame [1, 1, D].
+        ids: fps - 1, motion bucket, noise augmentation (0, as in the reference) [1, 3].
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    sigma: torch.Tensor
+    first: torch.Tensor
+    embedding: torch.Tensor
+    ids: torch.Tensor
+
+    def to(self, device: torch.device) -> Sample:
+        return Sample(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """SVD's own VAE and image encoder, which turn pictures into what the UNet reads."""
+
+    vae: AutoencoderKLTemporalDecoder
+    image_encoder: CLIPVisionModelWithProjection
+
+    @torch.no_grad()
+    def latents(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8 pictures [N, H, W, 3] -> scaled latents [N, 4, H/8, W/8], float32 on the CPU."""
+        parts = []
+        for part in frames.split(_ENCODE_AT_ONCE):
+            pixels = _pixels(part).to(self.vae.device, self.vae.dtype)
+            parts.append(self.vae.encode(pixels).latent_dist.mode().float().cpu())
+        return torch.cat(parts) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def embeddings(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8 pictures [N, H, W, 3] -> image embeddings [N, D], float32 on the CPU."""
+        parts = []
+        for part in frames.split(_ENCODE_AT_ONCE):
+            size = self.image_encoder.config.image_size
+            pixels = clip_pixels(part.float() / 255, size)
+            embedded = self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).image_embeds
+            parts.append(embedded.float().cpu())
+        return torch.cat(parts)
+
+
+def _pixels(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> -1..1 [N, 3, H, W]."""
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Samples:
+    """The samples of a run, by number.
+
+    Args:
+        encoder: encodes clips as they are asked for; not used for videos in the cache.
+        cache: folder of encoded videos, see `fill_cache`, or None.
+    """
+
+    def __init__(self, videos: tuple[Video, ...], config: Config, encoder: Encoder, cache: Path | None) -> None:
+        self.videos = list(videos)
+        self.config = config
+        self.encoder = encoder
+        self.cache = cache
+        self.ramp = sigma_ramp()
+        self.dropped: list[tuple[Path, str]] = []
+
+    def __getitem__(self, number: int) -> Sample:
+        """Sample `number`. A video that turns out to be broken is dropped, and another one drawn in its place."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
+        while True:
+            video = self.videos[_draw(generator, len(self.videos))]
+            start = _draw(generator, video.frames - self.config.span + 1)
+            try:
+                latents, embedding, bucket = self._window(video, start)
+                break
+            except (ValueError, OSError) as error:
+                if any(path == video.path for path, _ in self.dropped):
+                    continue  # it keeps its place in the draw, so that later samples stay what they were
+                self.dropped.append((video.path, str(error)))
+                _log.warning("Left out from here on: %s", error)
+                if len(self.dropped) == len(self.videos):
+                    raise ConfigError("data: none of the videos can be decoded any more.") from error
+        sigma = self.ramp[_draw(generator, RAMP_STEPS)][None]
+        noise = torch.randn(latents.shape, generator=generator)
+        scaling = self.encoder.vae.config.scaling_factor
+        ids = torch.tensor([[float(self.config.fps - 1), float(bucket), 0.0]])
+        return Sample(latents[None], noise[None], sigma, latents[:1] / scaling, embedding[None, None], ids)
+
+    def _window(self, video: Video, start: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        config = self.config
+        if self.cache is not None:
+            from safetensors import safe_open
+
+            with safe_open(_cache_file(self.cache, video.path, config), "pt") as file:
+                latents = file.get_slice("latents")[start : start + config.span][:: config.interval]
+                embedding = file.get_slice("embeddings")[start]
+                bucket = int(file.get_slice("buckets")[start])
+        else:
+            frames = read_window(
+                video.path, start, config.frames, config.interval, config.width, config.height
+            )
+            latents = self.encoder.latents(frames)
+            embedding = self.encoder.embeddings(frames[:1])[0]
+            bucket = motion_bucket(_pixels(frames))
+        return latents, embedding, self._bucket(video, bucket)
+
+    def _bucket(self, video: Video, measured: int) -> int:
+        if self.config.motion_bucket_id >= 0:
+            return self.config.motion_bucket_id
+        return measured if video.motion_bucket is None else video.motion_bucket
+
+
+def _draw(generator: torch.Generator, below: int) -> int:
+    return int(torch.randint(below, (), generator=generator))
+
+
+def _cache_file(cache: Path, path: Path, config: Config) -> Path:
+    """Named by all that the content depends on, so that a changed video or setting is encoded anew."""
+    status = path.stat()
+    parts = (path.resolve(), status.st_size, status.st_mtime_ns, config.base, config.width, config.height, config.span)
+    key = hashlib.sha256(repr((parts, config.interval)).encode()).hexdigest()[:24]
+    return cache / f"{key}.safetensors"
+
+
+def fill_cache(
+    cache: Path, videos: tuple[Video, ...], config: Config, encoder: Encoder, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[Video, str]]:
+    """Encode every video that is not in the cache yet, whole: any of its windows can be cut from it later.
+
+    Args:
+        share: (i, n) encodes only videos i, i + n, ...: several processes fill one cache.
+
+    Yields:
+        (video, what is wrong with it, or ""), one by one as they are done.
+    """
+    from safetensors.torch import save_file
+
+    cache.mkdir(parents=True, exist_ok=True)
+    for video in videos[share[0] :: share[1]]:
+        target = _cache_file(cache, video.path, config)
+        wrong = ""
+        if not target.exists():
+            try:
+                frames = read_window(video.path, 0, video.frames, 1, config.width, config.height)
+            except ValueError as error:
+                yield video, str(error)
+                continue
+            starts = range(video.frames - config.span + 1)
+            content = {
+                "latents": encoder.latents(frames),
+                "embeddings": encoder.embeddings(frames[: len(starts)]),
+                "buckets": torch.tensor(
+                    [motion_bucket(_pixels(frames[s : s + config.span : config.interval])) for s in starts]
+                ),
+            }
+            write_atomically(target, lambda part, content=content: save_file(content, part))
+        yield video, wrong
+
+
+def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place and move it there when it is whole: nobody ever meets half of it."""
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

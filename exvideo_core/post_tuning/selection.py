@@ -1,0 +1,50 @@
+"""Which weights are trained, and the untrained extension they start from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..extension import Extension
+from ..hosts.diffusers.names import TRANSFORMERS
+from ..hosts.diffusers.patch import SHARED, base_weights, sizes
+
+if TYPE_CHECKING:
+    from diffusers import UNetSpatioTemporalConditionModel
+
+
+def untrained(unet: UNetSpatioTemporalConditionModel, frames: int) -> Extension:
+    """An extension of `frames` frames that leaves a diffusers SVD as it is within its own length.
+
+    See `Extension.untrained`.
+    """
+    return Extension.untrained(base_weights(unet), sizes(unet)[0], frames)
+
+
+def select(
+    unet: UNetSpatioTemporalConditionModel, positions: bool, convolution: bool, attention: bool
+) -> dict[str, list[torch.nn.Parameter]]:
+    """Freeze all of an extended UNet but the chosen parts of its extension.
+
+    Args:
+        positions: the tables. convolution: the 3-D convolutions. attention: everything else of the temporal
+            blocks (attention, feed-forward, norms, the projection of positions).
+
+    Returns:
+        The trained parameters: "new" (tables, convolutions) and "shared" (those that the base has too).
+    """
+    unet.requires_grad_(False)
+    new: list[torch.nn.Parameter] = []
+    shared: list[torch.nn.Parameter] = []
+    for name in TRANSFORMERS:
+        transformer = unet.get_submodule(name)
+        if positions:
+            new.append(transformer.positions)
+        if convolution:
+            new += transformer.positional_conv.parameters()
+        if attention:
+            shared += [transformer.get_parameter(ours) for ours in SHARED.values()]
+    for parameter in (*new, *shared):
+        parameter.requires_grad_(True)
+    return {"new": new, "shared": shared}

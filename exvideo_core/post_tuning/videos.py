@@ -1,0 +1,138 @@
+"""A folder of training videos: what is usable, and the frames of a window."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..imaging import fit
+from .config import ConfigError
+
+SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A usable video.
+
+    Attributes:
+        path: the file.
+        frames: how many it has.
+        motion_bucket: as metadata.json gives it, or None.
+    """
+
+    path: Path
+    frames: int
+    motion_bucket: int | None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder holds: usable videos in a fixed order, and (path, reason) of those that were left out."""
+
+    videos: tuple[Video, ...]
+    skipped: tuple[tuple[Path, str], ...]
+
+
+def scan(folder: Path, span: int, width: int, height: int) -> Folder:
+    """Look through a folder of videos.
+
+    `metadata.json`, where there is one, is the reference's list of {"path": ..., ...} and says which videos count;
+    an entry's `motion_bucket_id`, if any, is that video's. Otherwise every video beneath the folder counts.
+
+    Args:
+        span: frames that a clip reaches over: shorter videos are left out.
+        width, height: of the clips. Videos of less than half of either are left out rather than blown up.
+
+    Raises:
+        ConfigError: the folder or its metadata.json cannot be read, or no video is usable.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"data: {folder} is no folder.")
+    videos, skipped = [], []
+    for path, bucket in _listed(folder):
+        try:
+            frames, found_width, found_height = _probe(path)
+        except (OSError, ValueError) as error:
+            skipped.append((path, f"cannot be decoded ({error})"))
+            continue
+        if frames < span:
+            skipped.append((path, f"has {frames} frames, a clip needs {span}"))
+        elif found_width * 2 < width or found_height * 2 < height:
+            skipped.append((path, f"is {found_width}x{found_height}, less than half of {width}x{height}"))
+        else:
+            videos.append(Video(path, frames, bucket))
+    for path, reason in skipped:
+        _log.warning("Left out: %s %s.", path, reason)
+    if not videos:
+        reasons = "; ".join(f"{path.name} {reason}" for path, reason in skipped[:3]) or "it holds no video"
+        raise ConfigError(f"data: no usable video in {folder} ({len(skipped)} left out: {reasons}).")
+    return Folder(tuple(videos), tuple(skipped))
+
+
+def _listed(folder: Path) -> Iterator[tuple[Path, int | None]]:
+    metadata = folder / "metadata.json"
+    if not metadata.exists():
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in SUFFIXES:
+                yield path, None
+        return
+    try:
+        entries = json.loads(metadata.read_text(encoding="utf-8"))
+        pairs = [(folder / entry["path"], entry.get("motion_bucket_id")) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f'data: {metadata} is no list of {{"path": ...}} ({error!r}).') from error
+    yield from pairs
+
+
+def _probe(path: Path) -> tuple[int, int, int]:
+    """Frames, width and height. Packets are counted, since headers of cut-off files promise what is not there."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("no video stream")
+            stream = container.streams.video[0]
+            size = stream.codec_context.width, stream.codec_context.height
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
+    except av.FFmpegError as error:
+        raise ValueError(error.strerror or type(error).__name__) from error
+    return frames, *size
+
+
+def read_window(path: Path, start: int, frames: int, interval: int, width: int, height: int) -> torch.Tensor:
+    """Decode frames start, start + interval, ... of a video, scaled to cover the size and cut in the middle.
+
+    Returns:
+        uint8 [frames, height, width, 3].
+
+    Raises:
+        ValueError: the video cannot be decoded that far.
+    """
+    import av
+
+    found = []
+    wanted = range(start, start + (frames - 1) * interval + 1, interval)
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for index, frame in enumerate(container.decode(video=0)):
+                if index in wanted:
+                    picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None]
+                    if picture.shape[1:3] != (height, width):
+                        picture = (fit(picture.float() / 255, width, height) * 255).round().byte()
+                    found.append(picture)
+                    if len(found) == frames:
+                        break
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path} cannot be decoded: {error}") from error
+    if len(found) < frames:
+        raise ValueError(f"{path} ends {frames - len(found)} frames before its own count.")
+    return torch.cat(found)
