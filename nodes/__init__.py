@@ -5,9 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import ExVideoConditioning
+from .example import ExVideoExamplePicture
 from .latents import ExVideoDecode, ExVideoNormalizeLatent
 from .loaders import ExVideoCheckpointLoader, ExVideoLoader
 from .model import ExVideoApply
+from .post_tuning import ExVideoInit, ExVideoSave
 
 NODES: list[type[io.ComfyNode]] = [
     ExVideoCheckpointLoader,
@@ -16,6 +18,9 @@ NODES: list[type[io.ComfyNode]] = [
     ExVideoConditioning,
     ExVideoNormalizeLatent,
     ExVideoDecode,
+    ExVideoInit,
+    ExVideoSave,
+    ExVideoExamplePicture,
 ]
 
 

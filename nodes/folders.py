@@ -1,4 +1,4 @@
-"""The `exvideo` model folder."""
+"""Where the pack's models lie: the user's folders, and the small model that comes with the pack."""
 
 from __future__ import annotations
 
@@ -7,10 +7,34 @@ import os
 import folder_paths
 
 KEY = "exvideo"
+_SHIPPED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "small_model")
+_SHIPPED_CHECKPOINT = "exvideo_small.safetensors"
 
 
 def register_model_folder() -> None:
-    """Register `models/exvideo` for safetensors files, beside paths that the user's configuration gave."""
+    """Register `models/exvideo` for safetensors files, beside paths that the user's configuration gave.
+
+    The folder of the shipped small extension comes last: a file of the user's own of that name wins.
+    """
     folder_paths.add_model_folder_path(KEY, os.path.join(folder_paths.models_dir, KEY))
+    folder_paths.add_model_folder_path(KEY, os.path.join(_SHIPPED, KEY))
     paths, _ = folder_paths.folder_names_and_paths[KEY]
     folder_paths.folder_names_and_paths[KEY] = (paths, {".safetensors"})
+
+
+def checkpoint_names() -> list[str]:
+    """The user's checkpoints, and the shipped one. The host's own lists stay without it: only our loader reads it."""
+    names = folder_paths.get_filename_list("checkpoints")
+    return names if _SHIPPED_CHECKPOINT in names else [*names, _SHIPPED_CHECKPOINT]
+
+
+def checkpoint_path(name: str) -> str:
+    """Full path of a checkpoint of `checkpoint_names`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = folder_paths.get_full_path("checkpoints", name)
+    if path is None and name == _SHIPPED_CHECKPOINT:
+        return os.path.join(_SHIPPED, "checkpoints", name)
+    return path or folder_paths.get_full_path_or_raise("checkpoints", name)

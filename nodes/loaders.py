@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from .folders import KEY
+from .folders import KEY, checkpoint_names, checkpoint_path
 from .types import ExtensionSocket
 
 
@@ -21,8 +21,9 @@ class ExVideoCheckpointLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
-                    options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="An SVD checkpoint (.safetensors) in models/checkpoints, such as svd_xt.safetensors.",
+                    options=checkpoint_names(),
+                    tooltip="An SVD checkpoint (.safetensors) in models/checkpoints, such as svd_xt.safetensors; "
+                    "or exvideo_small.safetensors, a small model of moving shapes that comes with this pack.",
                 ),
             ],
             outputs=[
@@ -36,7 +37,7 @@ class ExVideoCheckpointLoader(io.ComfyNode):
     def execute(cls, ckpt_name: str) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
 
-        return io.NodeOutput(*load_checkpoint(folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)))
+        return io.NodeOutput(*load_checkpoint(checkpoint_path(ckpt_name)))
 
 
 class ExVideoLoader(io.ComfyNode):
@@ -51,7 +52,8 @@ class ExVideoLoader(io.ComfyNode):
                 io.Combo.Input(
                     "extension_name",
                     options=folder_paths.get_filename_list(KEY),
-                    tooltip="An ExVideo extension (.safetensors) in models/exvideo.",
+                    tooltip="An ExVideo extension (.safetensors) in models/exvideo; or exvideo_small_128f.safetensors, "
+                    "the one for the small model that comes with this pack.",
                 ),
             ],
             outputs=[

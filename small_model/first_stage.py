@@ -1,6 +1,6 @@
 """Trains what surrounds the small UNet: the temporal VAE and the image encoder.
 
-    python -m small_model.first_stage --out FOLDER [--vae-steps 600] [--encoder-steps 3500]
+    python -m small_model.first_stage --out FOLDER [--vae-steps 500] [--encoder-steps 3500]
 
 Both are the real architectures (diffusers' `AutoencoderKLTemporalDecoder`, CLIP's vision tower), small, and are
 saved as diffusers and transformers folders. The encoder learns to tell where each lane's shape is, how it will set
@@ -37,12 +37,20 @@ ENCODER = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "image_size": 224,
-    "patch_size": 14,
+    "patch_size": 28,
     "projection_dim": 64,
     "hidden_act": "gelu",
 }
 HARMONICS = 3  # of a lane's phase, told by the image embedding
 _log = logging.getLogger("small_model")
+
+
+def _run(seed: int, frames: int) -> torch.Tensor:
+    """Some successive frames of a seed's clip, from anywhere in it, in -1..1 [frames, 3, H, W]."""
+    clip = world.sample(seed)
+    start = seed * 37 % 120
+    pictures = world.draw(clip, clip.path(start + frames)[start:])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
 
 
 def train_vae(out: Path, steps: int, seed: int = 0) -> None:
@@ -60,15 +68,11 @@ def train_vae(out: Path, steps: int, seed: int = 0) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     began = time.monotonic()
     for step in range(steps):
-        clips = [world.sample(2 * step), world.sample(2 * step + 1)]
-        starts = [int(start) for start in torch.randint(120, (2,))]
-        pictures = np.concatenate([world.render(c, 4, s) for c, s in zip(clips, starts, strict=True)])
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            latents = posterior.mode().float()
-            noisy = latents + torch.randn_like(latents) * 0.02 / SCALING
-            decoded = vae.decode(noisy, num_frames=4).sample.float()
+        runs = [_run(2 * step + i, 4) for i in range(2)]
+        pixels = torch.cat(runs)
+        latents = vae.encode(pixels).latent_dist.mode()
+        noisy = latents + torch.randn_like(latents) * 0.02 / SCALING
+        decoded = vae.decode(noisy, num_frames=4).sample
         scaled = latents * SCALING
         spread = (scaled.mean((0, 2, 3)).square() + (scaled.std((0, 2, 3)) - 1).square()).mean()
         error = (decoded - pixels).abs().mean()
@@ -93,17 +97,15 @@ def finish_decoder(out: Path, steps: int, seed: int = 1) -> None:
     torch.manual_seed(seed)
     vae = AutoencoderKLTemporalDecoder.from_pretrained(out / "vae").requires_grad_(False)
     weights = list(vae.decoder.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(weights, lr=5e-4, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(weights, lr=3e-4, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, steps, pct_start=0.1)
     for step in range(steps):
-        frames = int(torch.randint(2, 15, ()))
-        video = torch.from_numpy(world.render(world.sample(5000 + step), frames, int(torch.randint(110, ()))))
-        pixels = video.permute(0, 3, 1, 2) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                latents = vae.encode(pixels).latent_dist.mode().float()
-            noisy = latents + torch.randn_like(latents) * 0.05 / SCALING
-            decoded = vae.decode(noisy, num_frames=frames).sample.float()
+        frames = int(torch.randint(2, 17, ()))
+        pixels = _run(5000 + step, frames)
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.mode()
+        noisy = latents + torch.randn_like(latents) * 0.05 / SCALING
+        decoded = vae.decode(noisy, num_frames=frames).sample
         error = (decoded - pixels).abs().mean()
         loss = error + (decoded - pixels).square().mean()
         optimizer.zero_grad()
@@ -149,7 +151,7 @@ def train_encoder(out: Path, steps: int, seed: int = 0) -> None:
         read = readout(embedding).view(len(clips), world.LANES, -1)
         phases = torch.tensor(np.array([np.where(c.kind == 0, 1, -1) * (c.x - world.LEFT) for c in clips]))
         angles = phases[..., None] * math.pi / span * torch.arange(1, HARMONICS + 1)
-        heights = torch.tensor(np.array([(c.y - (np.arange(world.LANES) + 0.5) / world.LANES) / 0.03 for c in clips]))
+        heights = torch.tensor(np.array([(c.y - (np.arange(world.LANES) + 0.5) / world.LANES) / 0.04 for c in clips]))
         wanted = torch.cat([angles.cos(), angles.sin(), heights[..., None]], dim=-1).float()
         colours = torch.tensor(np.array([clip.colour for clip in clips]))
         place = functional.mse_loss(read[..., :told], wanted)
@@ -170,8 +172,8 @@ def train_encoder(out: Path, steps: int, seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the two models")
-    parser.add_argument("--vae-steps", type=int, default=600)
-    parser.add_argument("--decoder-steps", type=int, default=400)
+    parser.add_argument("--vae-steps", type=int, default=500)
+    parser.add_argument("--decoder-steps", type=int, default=250)
     parser.add_argument("--encoder-steps", type=int, default=3500)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -68,7 +68,7 @@ class Encoder:
         for part in frames.split(_ENCODE_AT_ONCE):
             pixels = _pixels(part).to(self.vae.device, self.vae.dtype)
             parts.append(self.vae.encode(pixels).latent_dist.mode().float().cpu())
-        return torch.cat(parts) * self.vae.config.scaling_factor
+        return (torch.cat(parts) * self.vae.config.scaling_factor).contiguous()
 
     @torch.no_grad()
     def embeddings(self, frames: torch.Tensor) -> torch.Tensor:

@@ -140,12 +140,12 @@ def apply_extension(
     Raises:
         ValueError: the model is no SVD, has an extension already, or the extension does not fit it.
     """
-    transformers = _find_transformers(model)
+    transformers = find_transformers(model)
     extension.check_fits(
         [transformer.in_channels for transformer in transformers.values()],
         next(iter(transformers.values())).time_stack[0].attn2.to_k.weight.shape[1],
     )
-    applied = model.get_attachment(_ATTACHMENT)
+    applied = applied_extension(model)
     if applied is not None:
         raise ValueError(
             f"This model has the extension '{applied.name}' already, and a model can have one. Connect the "
@@ -171,7 +171,12 @@ def apply_extension(
     return patched
 
 
-def _find_transformers(model: ModelPatcher) -> dict[str, SpatialVideoTransformer]:
+def applied_extension(model: ModelPatcher) -> AppliedExtension | None:
+    """What is applied to a model, if anything is."""
+    return model.get_attachment(_ATTACHMENT)
+
+
+def find_transformers(model: ModelPatcher) -> dict[str, SpatialVideoTransformer]:
     """The 16 transformers that extensions extend, by their path in the patcher's model."""
     not_svd = "ExVideo extends Stable Video Diffusion (SVD) only. Load an SVD checkpoint, such as svd_xt."
     if not isinstance(model.model, comfy.model_base.SVD_img2vid):

@@ -1,0 +1,107 @@
+"""Makes clips with diffusers' own `StableVideoDiffusionPipeline`, extended or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+from transformers import CLIPImageProcessor
+
+from .checkpoint import SVD
+
+
+def pipeline(svd: SVD) -> StableVideoDiffusionPipeline:
+    """diffusers' pipeline around a model, with SVD's scheduler (Karras noise levels from 700 to 0.002, Euler)."""
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        interpolation_type="linear",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        steps_offset=1,
+    )
+    size = svd.image_encoder.config.image_size
+    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return StableVideoDiffusionPipeline(svd.vae, svd.image_encoder, svd.unet, scheduler, processor)
+
+
+@torch.no_grad()
+def make_clip(
+    svd: SVD,
+    image: torch.Tensor,
+    *,
+    frames: int,
+    fps: int = 30,
+    motion_bucket_id: int = 127,
+    noise_aug_strength: float = 0.02,
+    steps: int = 25,
+    guidance: tuple[float, float] = (1.0, 1.0),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """A clip that begins with a picture.
+
+    Args:
+        svd: the model; its UNet may carry an extension (`patch.apply`).
+        image: the first frame [1, H, W, 3] in 0..1; its size is the clip's.
+        frames: length of the clip.
+        guidance: classifier-free guidance of the first and the last frame.
+        progress: called with (step done, steps) after each step; what it raises cancels the run.
+
+    Returns:
+        uint8 [frames, H, W, 3].
+    """
+
+    def done(_: object, index: int, __: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if progress is not None:
+            progress(index + 1, steps)
+        return tensors
+
+    pipe = pipeline(svd)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = image.shape[1:3]
+    result = pipe(
+        image.movedim(-1, 1),
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        min_guidance_scale=guidance[0],
+        max_guidance_scale=guidance[1],
+        fps=fps,
+        motion_bucket_id=motion_bucket_id,
+        noise_aug_strength=noise_aug_strength,
+        decode_chunk_size=16,
+        generator=torch.Generator().manual_seed(seed),
+        callback_on_step_end=done,
+        output_type="np",
+    )
+    return (result.frames[0] * 255).round().astype(np.uint8)
+
+
+def write_video(path: Path, clip: np.ndarray, fps: int, codec: str = "libx264") -> None:
+    """Write uint8 frames [T, H, W, 3] as a video file, whole or not at all."""
+    import av
+
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        with av.open(str(part), "w") as container:
+            stream = container.add_stream(codec, rate=fps)
+            stream.height, stream.width = clip.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": "12"}
+            for picture in clip:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

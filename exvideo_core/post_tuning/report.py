@@ -1,0 +1,125 @@
+"""What a run shows while it goes: a progress bar, TensorBoard scalars, a table and plot of the loss, sample clips."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import Config
+from .samples import write_atomically
+from .videos import Video, read_window
+
+if TYPE_CHECKING:
+    from ..hosts.diffusers.checkpoint import SVD
+
+_COLUMNS = ("step", "error", "loss", "gradient_norm", "learning_rate")
+_log = logging.getLogger(__name__)
+
+
+class Report:
+    """Kept by the main process alone. The table (`figures.csv`) is cut back to the step that a run resumes at."""
+
+    def __init__(self, out: Path, config: Config, step: int) -> None:
+        from tqdm import tqdm
+
+        out.mkdir(parents=True, exist_ok=True)
+        self.out = out
+        self.config = config
+        self.table = out / "figures.csv"
+        self.rows = _rows(self.table, step)
+        self.pending: list[dict[str, float]] = []
+        self.bar = tqdm(total=config.steps, initial=step, desc="post-tuning", unit="step")
+        self.board = _board(out / "tensorboard")
+
+    def add(self, step: int, **figures: float) -> None:
+        """Note the figures of a step; every `log_every` steps their mean is shown and written."""
+        self.bar.update()
+        self.pending.append(figures)
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        mean = {name: sum(row[name] for row in self.pending) / len(self.pending) for name in figures}
+        self.pending.clear()
+        self.bar.set_postfix(loss=f"{mean['loss']:.4g}")
+        self.rows.append({"step": float(step), **mean})
+        write_atomically(self.table, self._write_table)
+        if self.board is not None:
+            for name, value in mean.items():
+                self.board.add_scalar(name, value, step)
+        if step % self.config.save_every == 0 or step == self.config.steps:
+            self._plot()
+
+    def sample(self, step: int, svd: SVD, video: Video) -> None:
+        """Make a clip from a training video's first frame with the weights as they are now."""
+        from ..hosts.diffusers.sampling import make_clip, write_video
+
+        config = self.config
+        picture = read_window(video.path, 0, 1, 1, config.width, config.height)
+        bucket = config.motion_bucket_id if config.motion_bucket_id >= 0 else video.motion_bucket
+        clip = make_clip(
+            svd,
+            picture.float() / 255,
+            frames=config.frames,
+            fps=config.fps,
+            motion_bucket_id=127 if bucket is None else bucket,
+            noise_aug_strength=0.0,
+            steps=config.sample_steps,
+            seed=config.seed,
+        )
+        folder = self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        write_video(folder / f"step-{step:08d}.mp4", clip, config.fps)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write_table(self, path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def _plot(self) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return  # the table and TensorBoard have the same figures
+        figure = Figure(figsize=(8, 4.5))
+        axes = figure.subplots()
+        steps = [row["step"] for row in self.rows]
+        losses = [row["loss"] for row in self.rows]
+        axes.plot(steps, losses, alpha=0.3, label="loss")
+        axes.plot(steps, _smoothed(losses), label="smoothed")
+        axes.set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")
+        axes.legend()
+        write_atomically(self.out / "loss.png", lambda part: figure.savefig(part, format="png", dpi=120))
+
+
+def _rows(table: Path, step: int) -> list[dict[str, float]]:
+    if not table.exists():
+        return []
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [row for row in rows if row["step"] <= step]
+
+
+def _smoothed(values: list[float], window: int = 25) -> list[float]:
+    """Mean of the last `window` finite values."""
+    smoothed = []
+    for end in range(1, len(values) + 1):
+        recent = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
+        smoothed.append(sum(recent) / len(recent) if recent else math.nan)
+    return smoothed
+
+
+def _board(folder: Path):  # noqa: ANN202 - torch's SummaryWriter or None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.info("No TensorBoard log: pip install tensorboard to get one.")
+        return None
+    return SummaryWriter(str(folder))

@@ -1,0 +1,173 @@
+"""Checkpoints of a run: written whole or not at all, and resumed bit for bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from .config import Config, ConfigError
+
+_NAME = re.compile(r"step-(\d+)")
+#: Settings that may change when a run goes on.
+_FREE = {"out", "steps", "save_every", "keep", "sample_every", "sample_steps", "log_every", "cache"}
+_log = logging.getLogger(__name__)
+
+
+class MovingAverage:
+    """Exponential moving average of weights, in float32 on the CPU (the reference's over epochs, gamma 0.9).
+
+    The first update takes the weights as they are.
+    """
+
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
+        self.values: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Move towards `weights` by 1 - gamma."""
+        for name, weight in weights.items():
+            now = weight.detach().to("cpu", torch.float32, copy=True)
+            if name in self.values:
+                self.values[name].mul_(self.gamma).add_(now, alpha=1 - self.gamma)
+            else:
+                self.values[name] = now
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        ema: the moving average (empty before its first update).
+    """
+
+    ema: MovingAverage
+    step: int = 0
+
+
+def keep_trained_only(accelerator: Accelerator) -> None:
+    """Let checkpoints hold the trained weights alone where every process has all of them.
+
+    The frozen base, many gigabytes at full size, comes from its own file. Sharded training (FSDP, DeepSpeed) is
+    left to accelerate's own format.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+
+    def save(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        from safetensors.torch import save_file
+
+        if accelerator.is_main_process:
+            trained = trained_weights(accelerator.unwrap_model(models[0]))
+            save_file(trained, Path(folder) / "trained.safetensors")
+        weights.clear()
+
+    def load(models: list[torch.nn.Module], folder: str) -> None:
+        from safetensors.torch import load_file
+
+        model = accelerator.unwrap_model(models.pop())
+        with torch.no_grad():
+            for name, value in load_file(Path(folder) / "trained.safetensors").items():
+                model.get_parameter(name).copy_(value)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that training changes, by name."""
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def save(accelerator: Accelerator, folder: Path, progress: Progress, config: Config) -> Path:
+    """Write the checkpoint of this step beside its place, force it to disk, move it there; then drop old ones."""
+    from safetensors.torch import save_file
+
+    target = folder / f"step-{progress.step:08d}"
+    part = folder / f"{target.name}.part"
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(part))
+    if accelerator.is_main_process:
+        if progress.ema.values:
+            save_file(progress.ema.values, part / "ema.safetensors")
+        settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+        (part / "progress.json").write_text(json.dumps({"step": progress.step, "settings": settings}, indent=1))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in (*part.rglob("*"), part):
+            _force_to_disk(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+        _force_to_disk(folder)
+        for old in _all(folder)[: -config.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def resume(accelerator: Accelerator, folder: Path, progress: Progress, config: Config) -> bool:
+    """Take up the newest checkpoint, if there is one.
+
+    Raises:
+        ConfigError: it was made with other settings.
+    """
+    from safetensors.torch import load_file
+
+    found = _all(folder)
+    if not found:
+        return False
+    newest = found[-1]
+    stored = json.loads((newest / "progress.json").read_text())
+    now = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    changed = [f"{name} {stored['settings'].get(name)!r} -> {now[name]!r}" for name in now
+               if stored["settings"].get(name) != now[name]]  # fmt: skip
+    if changed:
+        raise ConfigError(
+            f"{newest} was made with other settings ({', '.join(changed)}). Set them back, or choose another out."
+        )
+    accelerator.load_state(str(newest))
+    progress.step = int(stored["step"])
+    if (newest / "ema.safetensors").exists():
+        progress.ema.values = load_file(newest / "ema.safetensors")
+    _log.info("Resumed at step %d.", progress.step)
+    return True
+
+
+def _all(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+
+
+def _force_to_disk(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clean(folder: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    for part in folder.glob("*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+

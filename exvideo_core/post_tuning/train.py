@@ -1,0 +1,262 @@
+"""The post-tuning run: one loop for a CPU, a GPU, and as many of them as accelerate is told to use."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration
+
+from ..extension import Extension
+from ..hosts.diffusers import checkpoint, patch
+from . import state
+from .config import Config
+from .loss import denoise, post_tuning_loss
+from .report import Report
+from .samples import Encoder, Samples, fill_cache
+from .selection import select, untrained
+from .videos import Folder, Video, scan
+
+_log = logging.getLogger(__name__)
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into "stop after this step"; the second one acts as ever."""
+
+    def __init__(self, watch: bool) -> None:
+        self.asked = False
+        self._before: dict[int, object] = {}
+        if watch and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's arguments
+        self.asked = True
+        _log.warning("Stopping after this step; the checkpoint is saved first.")
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before.clear()
+
+
+def train(config: Config) -> Path | None:
+    """Post-tune an extension.
+
+    Returns:
+        The finished extension's path; None if the run was stopped before its last step (start it again to go on).
+
+    Raises:
+        ConfigError: settings or data cannot be used; nothing was trained then.
+        ModelFileError: the base model or the initial extension cannot be used.
+    """
+    out = Path(config.out)
+    folder = scan(Path(config.data), config.span, config.width, config.height)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+        project_config=ProjectConfiguration(project_dir=str(out), automatic_checkpoint_naming=False),
+    )
+    if accelerator.device.type == "cpu" and config.mixed_precision == "fp16":
+        accelerator.print("fp16 on a CPU is slow and needs no less memory: --mixed-precision no or bf16 is better.")
+    svd = checkpoint.load(config.base)
+    encoder = Encoder(
+        svd.vae.requires_grad_(False).to(accelerator.device),
+        svd.image_encoder.requires_grad_(False).to(accelerator.device),
+    )
+    samples = _samples(accelerator, folder, config, encoder, out / "cache" if config.cache else None)
+    if config.cache and not config.sample_every:
+        encoder.vae.cpu()
+        encoder.image_encoder.cpu()
+
+    unet = svd.unet.train()
+    patch.apply(unet, Extension.load(config.init) if config.init else untrained(unet, config.frames))
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    groups = select(unet, config.train_positions, config.train_convolution, config.train_attention)
+    _narrow_frozen(accelerator, unet, config)
+    multiples = {"new": config.positions_rate, "shared": 1.0}
+    optimizer = _optimizer(config, [{"params": group, "multiple": multiples[name]} for name, group in groups.items()])
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    state.keep_trained_only(accelerator)
+
+    progress = state.Progress(ema=state.MovingAverage(config.ema))
+    checkpoints = out / "checkpoints"
+    if accelerator.is_main_process:
+        state.clean(checkpoints)
+    accelerator.wait_for_everyone()
+    state.resume(accelerator, checkpoints, progress, config)
+
+    stop = Stop(watch=accelerator.num_processes == 1)
+    report = Report(out, config, progress.step) if accelerator.is_main_process else None
+    try:
+        while progress.step < config.steps and not stop.asked:
+            error, loss, norm = _step(accelerator, unet, optimizer, samples, progress.step, config)
+            progress.step += 1
+            last = progress.step == config.steps
+            if progress.step % config.ema_every == 0:
+                progress.ema.update(_trained(accelerator, unet))
+            if report is not None:
+                rate = optimizer.param_groups[-1]["lr"]
+                report.add(progress.step, error=error, loss=loss, gradient_norm=norm, learning_rate=rate)
+            if progress.step % config.save_every == 0 or last or stop.asked:
+                state.save(accelerator, checkpoints, progress, config)
+                _export(accelerator, unet, progress, out)
+            if report is not None and config.sample_every and progress.step % config.sample_every == 0:
+                report.sample(progress.step, svd, samples.videos[0])
+                unet.train()
+            if config.sample_every:
+                accelerator.wait_for_everyone()
+    finally:
+        stop.restore()
+        if report is not None:
+            report.close()
+    if progress.step < config.steps:
+        return None
+    return _export(accelerator, unet, progress, out)
+
+
+def _samples(
+    accelerator: Accelerator, folder: Folder, config: Config, encoder: Encoder, cache: Path | None
+) -> Samples:
+    from tqdm import tqdm
+
+    if cache is None:
+        return Samples(folder.videos, config, encoder, None)
+    share = (accelerator.process_index, accelerator.num_processes)
+    broken: set[Path] = set()
+    mine = folder.videos[share[0] :: share[1]]
+    bar = tqdm(total=len(mine), desc="encoding", unit="video", disable=not accelerator.is_main_process)
+    for video, wrong in fill_cache(cache, folder.videos, config, encoder, share):
+        if wrong:
+            broken.add(video.path)
+            _log.warning("Left out: %s", wrong)
+        bar.update()
+    bar.close()
+    accelerator.wait_for_everyone()
+    usable: tuple[Video, ...] = folder.videos
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        broken = set(gather_object(sorted(broken)))
+    usable = tuple(video for video in usable if video.path not in broken)
+    if accelerator.is_main_process:
+        _list_skipped(Path(config.out), folder, broken)
+    if not usable:
+        from .config import ConfigError
+
+        raise ConfigError(f"data: none of the {len(folder.videos)} videos in {config.data} can be decoded.")
+    return Samples(usable, config, encoder, cache)
+
+
+def _list_skipped(out: Path, folder: Folder, broken: set[Path]) -> None:
+    lines = [f"{path}\t{reason}" for path, reason in folder.skipped]
+    lines += [f"{path}\tcannot be decoded to its end" for path in sorted(broken)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "skipped.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    _log.info("%d videos usable, %d left out (%s).", len(folder.videos) - len(broken), len(lines), out / "skipped.txt")
+
+
+def _narrow_frozen(accelerator: Accelerator, unet: torch.nn.Module, config: Config) -> None:
+    """Hold frozen weights in the type they compute in. Sharding wants one type, CPU kernels do not mix them."""
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if config.mixed_precision == "no" or sharded or accelerator.device.type != "cuda":
+        return
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    for parameter in unet.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _optimizer(config: Config, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    groups = [group for group in groups if group["params"]]
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.eight_bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise RuntimeError("eight_bit_adam needs bitsandbytes: pip install bitsandbytes, or leave it off.") from error
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Learning rate of the step after `step` steps: a linear warm-up, then constant or half a cosine to 0."""
+    rate = config.learning_rate
+    if step < config.warmup:
+        return rate * (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        share = (step - config.warmup) / max(config.steps - config.warmup, 1)
+        return rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return rate
+
+
+def _step(
+    accelerator: Accelerator,
+    unet: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Samples,
+    step: int,
+    config: Config,
+) -> tuple[float, float, float]:
+    """One optimizer step; mean error, mean loss and norm of the gradient over its clips.
+
+    Clips are numbered through: n processes that accumulate k clips each see the n k clips that one process with
+    accumulation n k sees.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config) * group["multiple"]
+    errors = torch.zeros(2, device=accelerator.device)
+    norm = 0.0
+    for micro in range(config.accumulation):
+        number = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
+        sample = samples[number].to(accelerator.device)
+        with accelerator.accumulate(unet):
+            noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
+            with accelerator.autocast():
+                denoised = denoise(unet, noisy, sample.sigma, sample.first, sample.embedding, sample.ids)
+            error, loss = post_tuning_loss(denoised, sample.latents, sample.sigma, config.contrast)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                limit = config.clip_gradients or math.inf
+                norm = float(accelerator.clip_grad_norm_(trained, limit))
+            optimizer.step()
+            optimizer.zero_grad()
+        errors += torch.stack([error.detach(), loss.detach()]) / config.accumulation
+    error, loss = accelerator.reduce(errors, "mean").tolist()
+    return error, loss, norm
+
+
+def _trained(accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The extension's weights by name, whole on every process (a collective where they are sharded)."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        full = accelerator.get_state_dict(unet) or {}  # empty beside the main process
+        wanted = set(_extension_names())
+        return {name: value for name, value in full.items() if name in wanted}
+    names = set(_extension_names())
+    live = accelerator.unwrap_model(unet).state_dict()
+    return {name: live[name] for name in live if name in names}
+
+
+def _extension_names() -> list[str]:
+    from ..hosts.diffusers.names import TRANSFORMERS
+
+    own = ("positions", "positional_conv.weight", "positional_conv.bias", *patch.SHARED.values())
+    return [f"{transformer}.{name}" for transformer in TRANSFORMERS for name in own]
+
+
+def _export(accelerator: Accelerator, unet: torch.nn.Module, progress: state.Progress, out: Path) -> Path:
+    """Write the extension in the published format: the moving average, or the weights before its first update."""
+    weights = progress.ema.values or _trained(accelerator, unet)
+    target = out / "extension.safetensors"
+    if accelerator.is_main_process:
+        patch.collect(accelerator.unwrap_model(unet), weights).save(target)
+    accelerator.wait_for_everyone()
+    return target

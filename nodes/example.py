@@ -1,0 +1,42 @@
+"""A picture to begin with, for the small model that comes with the pack."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+
+class ExVideoExamplePicture(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoExamplePicture",
+            display_name="ExVideo Example Picture",
+            category="ExVideo/example",
+            description="Draws a first frame for the small model that comes with this pack (exvideo_small): a disk "
+            "or square in each of two lanes. Disks set out to the right, squares to the left.",
+            inputs=[
+                io.Int.Input(
+                    "seed",
+                    default=10_000_000,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Decides places, shapes, colours and speed. The model has seen seeds below 10,000,000 only.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The picture, 64x64."),
+                io.Int.Output(
+                    display_name="motion_bucket_id", tooltip="The clip's speed: 40 slow, 100 medium, 160 fast."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, seed: int) -> io.NodeOutput:
+        import torch
+
+        from ..small_model import world
+
+        clip = world.sample(seed)
+        return io.NodeOutput(torch.from_numpy(world.render(clip, 1)), clip.motion_bucket)

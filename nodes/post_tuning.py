@@ -1,0 +1,93 @@
+"""Nodes that make extension files."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import folder_paths
+from comfy_api.latest import io
+
+from .types import ExtensionSocket
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..exvideo_core.extension import Extension
+
+_MAX_FRAMES = 16384
+
+
+class ExVideoInit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoInit",
+            display_name="Create ExVideo Extension",
+            category="ExVideo/post-tuning",
+            description="Makes an untrained extension for an SVD model: the model's own temporal weights, sinusoidal "
+            "positions and an identity convolution. It is the start of post-tuning; before it is trained, it does not "
+            "make longer clips good.",
+            inputs=[
+                io.Model.Input("model", tooltip="The SVD model to extend, as it comes from its checkpoint."),
+                io.Int.Input(
+                    "frames",
+                    default=128,
+                    min=1,
+                    max=_MAX_FRAMES,
+                    tooltip="Frames that the extension is to be trained for.",
+                ),
+            ],
+            outputs=[
+                ExtensionSocket.Output(
+                    display_name="extension", tooltip="The extension, for Save ExVideo Extension or ExVideo Apply."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, frames: int) -> io.NodeOutput:
+        from ..exvideo_core.hosts.comfyui.create import untrained_extension
+
+        return io.NodeOutput(untrained_extension(model, frames))
+
+
+class ExVideoSave(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoSave",
+            display_name="Save ExVideo Extension",
+            category="ExVideo/post-tuning",
+            description="Writes an extension to the output folder, in the layout of the published one.",
+            inputs=[
+                ExtensionSocket.Input("extension", tooltip="The extension to write."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="exvideo/ExVideo",
+                    tooltip="Folder and beginning of the file's name, in the output folder. A number is added.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["fp16", "bf16", "fp32"],
+                    default="fp16",
+                    tooltip="Type of the stored numbers. fp16 is the published extension's.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, extension: Extension, filename_prefix: str, dtype: str) -> io.NodeOutput:
+        import torch
+
+        types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        file = f"{name}_{counter:05}_.safetensors"
+        path = os.path.join(folder, file)
+        extension.save(path, types[dtype])
+        saved = {"filename": file, "subfolder": subfolder, "type": "output"}
+        return io.NodeOutput(path, ui={"extensions": [saved]})

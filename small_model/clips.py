@@ -1,0 +1,80 @@
+"""Makes clips of the synthetic world with a small SVD, and measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from exvideo_core.hosts.diffusers.sampling import make_clip
+from exvideo_core.post_tuning.loss import denoise
+
+from . import measure, world
+
+if TYPE_CHECKING:
+    from exvideo_core.hosts.diffusers.checkpoint import SVD
+
+FPS = 30
+STEPS = 12  # denoising steps of a clip
+SIGMAS = (1.0, 3.0, 10.0, 30.0, 100.0, 700.0)  # noise levels of the denoising curve
+
+Decode = Callable[[torch.Tensor], np.ndarray]
+
+
+def make(svd: SVD, clip: world.Clip, frames: int, seed: int, steps: int = STEPS) -> np.ndarray:
+    """A clip from a true first frame and its motion bucket, 0..1 [frames, H, W, 3]."""
+    return _continue(svd, world.render(clip, 1), clip.motion_bucket, frames, seed, steps)
+
+
+def make_in_windows(svd: SVD, clip: world.Clip, frames: int, window: int, seed: int, steps: int = STEPS) -> np.ndarray:
+    """The same in windows of `window` frames, each going on from the last frame of the one before."""
+    made = world.render(clip, 1)
+    while len(made) < frames:
+        part = _continue(svd, made[-1:], clip.motion_bucket, window, seed + len(made), steps)
+        made = np.concatenate([made, part[1:]])
+    return made[:frames]
+
+
+def _continue(svd: SVD, picture: np.ndarray, bucket: int, frames: int, seed: int, steps: int) -> np.ndarray:
+    video = make_clip(
+        svd, torch.from_numpy(picture), frames=frames, fps=FPS, motion_bucket_id=bucket, steps=steps, seed=seed
+    )
+    return video.astype(np.float32) / 255
+
+
+@torch.no_grad()
+def denoising_errors(
+    svd: SVD, seeds: range, frames: int, sigmas: tuple[float, ...] = SIGMAS
+) -> dict[float, np.ndarray]:
+    """Path error of one denoising step, by noise level and frame: what the model believes at that level.
+
+    Returns:
+        noise level -> [clips, frames], in picture widths.
+    """
+    from exvideo_core.imaging import clip_pixels
+
+    scaling = svd.vae.config.scaling_factor
+    found: dict[float, list[np.ndarray]] = {sigma: [] for sigma in sigmas}
+    for seed in seeds:
+        clip = world.sample(seed)
+        pictures = torch.from_numpy(world.render(clip, frames))
+        pixels = pictures.permute(0, 3, 1, 2) * 2 - 1
+        latents = torch.cat([svd.vae.encode(part).latent_dist.mode() for part in pixels.split(32)])[None] * scaling
+        embedding = svd.image_encoder(clip_pixels(pictures[:1])).image_embeds[None]
+        ids = torch.tensor([[FPS - 1.0, float(clip.motion_bucket), 0.0]])
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        for sigma in sigmas:
+            level = torch.tensor([sigma])
+            clean = denoise(svd.unet, latents + noise * sigma, level, latents[:, 0] / scaling, embedding, ids)
+            sighting = measure.sight(clip, decode(svd, clean[0]))
+            found[sigma].append(measure.path_error(sighting, clip).mean(1))
+    return {sigma: np.stack(errors) for sigma, errors in found.items()}
+
+
+@torch.no_grad()
+def decode(svd: SVD, latents: torch.Tensor, chunk: int = 16) -> np.ndarray:
+    """Scaled latents [T, 4, H, W] -> pictures, 0..1 [T, 8 H, 8 W, 3]."""
+    parts = [svd.vae.decode(part, num_frames=len(part)).sample for part in (latents / svd.vae.config.scaling_factor).split(chunk)]
+    return ((torch.cat(parts) + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
