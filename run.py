@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """ExVideo for ComfyUI: try it and test it.
 
-    python run.py demo                     a picture becomes a 128-frame video, in a real ComfyUI
+    python run.py demo                     a picture becomes a 128-frame video, in ComfyUI where there is one
     python run.py test [--tier NAME ...]   the tests
-    python run.py small-model FOLDER       puts the small model of the quickstart into a ComfyUI
+    python run.py bench NAME [...]         the figures of benchmarks/ (--help after the name tells the options)
 
 Needs Python and nothing else: what it installs lies in the user's cache folder.
 """
@@ -19,10 +19,12 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from runner.environment import host_python, test_python
+from runner.environment import host_python, own_python
 from runner.hosts import PACK, Host, find_hosts, is_host
 
-TIERS = ("unit", "parity", "host", "cuda")
+TIERS = ("unit", "parity", "post_tuning", "host", "cuda")
+HOSTLESS = ("unit", "parity", "post_tuning")
+BENCHMARKS = ("method",)
 HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
 NO_HOST = (
     "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"
@@ -32,23 +34,26 @@ NO_HOST = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("demo", help="make a 128-frame video in a real ComfyUI")
+    show = commands.add_parser("demo", help="make a 128-frame video")
     show.add_argument("--host", type=Path, help="the ComfyUI folder (default: the first one found)")
+    show.add_argument("--standalone", action="store_true", help="without ComfyUI, even where there is one")
     show.add_argument("--keep", action="store_true", help="leave the server's folder, with its log")
     test = commands.add_parser("test", help="run the tests")
     test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given again)")
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
-    small = commands.add_parser("small-model", help="put the quickstart's small model into a ComfyUI")
-    small.add_argument("folder", type=Path, help="the ComfyUI folder")
-    options = parser.parse_args()
+    bench = commands.add_parser("bench", help="make the figures of benchmarks/", add_help=False)
+    bench.add_argument("name", choices=BENCHMARKS)
+    options, rest = parser.parse_known_args()
+    if rest and options.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if sys.version_info < (3, 10):  # noqa: UP036 - says so where it is older
         print(f"run.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.", file=sys.stderr)
         return 1
     try:
         if options.command == "demo":
-            return demo(options.host, options.keep)
-        if options.command == "small-model":
-            return small_model(options.folder)
+            return demo(options.host, options.standalone, options.keep)
+        if options.command == "bench":
+            return _python(own_python(), "-m", f"benchmarks.{options.name}", *rest).returncode
         return run_tests(tuple(options.tier or TIERS), options.pytest)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
@@ -57,28 +62,18 @@ def main() -> int:
         return 130
 
 
-def demo(folder: Path | None = None, keep: bool = False) -> int:
+def demo(folder: Path | None = None, standalone: bool = False, keep: bool = False) -> int:
     if folder is not None and not is_host(folder):
         print(f"{folder} is no ComfyUI folder (no main.py in it).", file=sys.stderr)
         return 1
     hosts = [Host(folder.resolve())] if folder is not None else find_hosts()
-    if not hosts:
-        print(f"Cannot make the demo: {NO_HOST}", file=sys.stderr)
-        return 1
+    if standalone or not hosts:
+        why = "as asked" if standalone else NO_HOST
+        print(f"ComfyUI is not used ({why}): diffusers makes the video, from the same model.", flush=True)
+        return _python(own_python(), "-m", "runner.demo_standalone").returncode
     host = hosts[0]
     arguments = ["--host", str(host.path), *(["--keep"] if keep else [])]
     return _python(host_python(host), "-m", "runner.demo", *arguments).returncode
-
-
-def small_model(folder: Path) -> int:
-    if not is_host(folder):
-        print(f"{folder} is no ComfyUI folder (no main.py in it).", file=sys.stderr)
-        return 1
-    python = host_python(Host(folder.resolve()))
-    models = folder.resolve() / "models"
-    return _python(
-        python, "-m", "runner.small_model", "--host", str(folder.resolve()), "--models", str(models)
-    ).returncode
 
 
 def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:
@@ -87,8 +82,8 @@ def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failed = False
     for tier in (tier for tier in TIERS if tier in tiers):
-        if tier in ("unit", "parity"):
-            runs = [(tier, test_python, None)]
+        if tier in HOSTLESS:
+            runs = [(tier, own_python, None)]
         elif not hosts:
             lines.append(f"SKIPPED tier {tier}: {NO_HOST}")
             counts["skipped"] += 1

@@ -30,10 +30,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "exvideo-comfyui"
 
 
-def test_python() -> Path:
-    """A Python for the tests that need no ComfyUI."""
-    requirements = PACK / "runner" / "requirements-test.txt"
-    return _environment("test", [["-r", str(requirements)], _ORACLE], requirements.read_text(encoding="utf-8"))
+def own_python() -> Path:
+    """A Python for all that needs no ComfyUI: tests, post-tuning, benchmarks, the demo without it."""
+    requirements = PACK / "runner" / "requirements.txt"
+    return _environment("standalone", [["-r", str(requirements)], _ORACLE], requirements.read_text(encoding="utf-8"))
 
 
 def host_python(host: Host) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -39,6 +40,7 @@ UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 768,
     "num_frames": FRAMES,
 }
+_WARMUP = 80  # steps over which the learning rate rises
 _log = logging.getLogger("small_model")
 
 
@@ -92,7 +94,6 @@ def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: 
     torch.manual_seed(seed)
     unet = UNetSpatioTemporalConditionModel(**UNET)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.04, div_factor=10)
     ema = {name: value.detach().clone() for name, value in unet.state_dict().items()}
     checkpoint = folder / "base-state.pt"
     start = 0
@@ -101,7 +102,6 @@ def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: 
         unet.load_state_dict(state["unet"])
         ema = state["ema"]
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         start = state["step"]
         _log.info("resumed at step %d", start)
     model = accelerator.prepare(unet)
@@ -110,6 +110,8 @@ def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: 
     recent: list[torch.Tensor] = []
     processes, rank = accelerator.num_processes, accelerator.process_index
     for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / _WARMUP, 0.5 * (1 + math.cos(math.pi * step / steps)))
         # All randomness comes from the step's and the process's number, so a resumed run needs no generator's state.
         generator = torch.Generator().manual_seed((seed * 1_000_000 + step) * 64 + rank)
         chosen = torch.randint(clips, (batch,), generator=generator)
@@ -128,7 +130,6 @@ def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: 
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         decay = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
             live = unet.state_dict()
@@ -142,7 +143,7 @@ def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: 
         if accelerator.is_main_process and ((step + 1) % every == 0 or step + 1 == steps):
             state = {
                 "unet": unet.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(), "step": step + 1,
+                "step": step + 1,
             }  # fmt: skip
             torch.save(state, f"{checkpoint}.part")
             os.replace(f"{checkpoint}.part", checkpoint)
@@ -155,7 +156,7 @@ def train(folder: Path, steps: int, clips: int, batch: int, rate: float, every: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder with the first stage")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--clips", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=2, help="clips per step and process")
     parser.add_argument("--rate", type=float, default=1.5e-3)

@@ -9,15 +9,16 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 
+import random_model
 import reference
 from exvideo_core.extension import Extension
-from runner import small_model
+
 
 #: Widths 64, 128, 256, 256: a fifth of SVD's, with its heads of 64 and its context of 1024.
 DIVISOR = 5
 CONTEXT = 1024
 UNET = {
-    **{key: value for key, value in small_model.UNET.items() if not key.startswith("num_head")},
+    **{key: value for key, value in random_model.UNET.items() if not key.startswith("num_head")},
     "model_channels": 64,
     "channel_mult": [1, 2, 4, 4],
     "context_dim": CONTEXT,
@@ -56,11 +57,11 @@ def make_pair(dtype: torch.dtype = torch.float32, frames: int = FRAMES, seed: in
         name: value.shape for name, value in config.get_model({}, device="meta").diffusion_model.state_dict().items()
     }
     weights = {
-        f"model.diffusion_model.{name}": small_model.random_weight(name, shape, generator)
+        f"model.diffusion_model.{name}": random_model.random_weight(name, shape, generator)
         for name, shape in shapes.items()
     }
     widths = [64, 64, 128, 128, 256, 256, 256, 256, 256, 256, 128, 128, 128, 64, 64, 64]
-    tensors = small_model.random_extension(widths, CONTEXT, frames, generator)
+    tensors = random_model.random_extension(widths, CONTEXT, frames, generator)
     weights = {name: value.to(dtype) for name, value in weights.items()}
     # Rounded to fp16 first, as published: on a GPU the host may compute weight patches in fp16.
     tensors = {name: value.half().to(dtype) for name, value in tensors.items()}

@@ -33,7 +33,8 @@ class Config:
     interval: int = _setting(1, "take every n-th frame of a video")
     fps: int = _setting(30, "frames per second that the model is told")
     motion_bucket_id: int = _setting(-1, "motion bucket of every clip (-1: metadata.json's, or else measured)")
-    cache: bool = _setting(True, "encode every video once, before training, and keep the latents in OUT/cache")
+    cache: bool = _setting(True, "encode every video once, before training, and keep the latents")
+    cache_folder: str = _setting("", "where they are kept; runs may share it (default: OUT/cache)")
 
     train_positions: bool = _setting(True, "train the position tables")
     train_convolution: bool = _setting(True, "train the 3-D convolutions")
@@ -66,8 +67,8 @@ class Config:
         for name in ("base", "data", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set: give it in the config file or as --{name}.")
-        if self.width % 64 or self.height % 64 or min(self.width, self.height) < 128:
-            raise ConfigError(f"A clip of {self.width}x{self.height} does not fit SVD: multiples of 64 from 128 up.")
+        if self.width % 64 or self.height % 64 or min(self.width, self.height) < 64:
+            raise ConfigError(f"A clip of {self.width}x{self.height} does not fit SVD: multiples of 64 from 64 up.")
         for name in ("frames", "interval", "steps", "accumulation", "save_every", "ema_every", "log_every", "keep"):
             if getattr(self, name) < (2 if name == "frames" else 1):
                 raise ConfigError(f"{name} is {getattr(self, name)}: too small.")
@@ -75,6 +76,13 @@ class Config:
             raise ConfigError("Nothing is trained: switch on positions, convolution or attention.")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}: choose 0 (none) or a value below 1.")
+
+    @property
+    def cache_path(self) -> Path | None:
+        """Folder of the encoded videos, or None where every clip is encoded as it is drawn."""
+        if not self.cache:
+            return None
+        return Path(self.cache_folder) if self.cache_folder else Path(self.out) / "cache"
 
     @property
     def span(self) -> int:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,16 @@ class Encoder:
 
     vae: AutoencoderKLTemporalDecoder
     image_encoder: CLIPVisionModelWithProjection
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the weights that encode: a cache made by others does not count, whatever their file is called."""
+        digest = hashlib.sha256()
+        for module in (self.vae.encoder, self.vae.quant_conv, self.image_encoder):
+            for name, value in module.state_dict().items():
+                digest.update(name.encode())
+                digest.update(value.detach().float().cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def latents(self, frames: torch.Tensor) -> torch.Tensor:
@@ -130,7 +141,7 @@ class Samples:
         if self.cache is not None:
             from safetensors import safe_open
 
-            with safe_open(_cache_file(self.cache, video.path, config), "pt") as file:
+            with safe_open(_cache_file(self.cache, video.path, config, self.encoder), "pt") as file:
                 latents = file.get_slice("latents")[start : start + config.span][:: config.interval]
                 embedding = file.get_slice("embeddings")[start]
                 bucket = int(file.get_slice("buckets")[start])
@@ -153,11 +164,12 @@ def _draw(generator: torch.Generator, below: int) -> int:
     return int(torch.randint(below, (), generator=generator))
 
 
-def _cache_file(cache: Path, path: Path, config: Config) -> Path:
-    """Named by all that the content depends on, so that a changed video or setting is encoded anew."""
+def _cache_file(cache: Path, path: Path, config: Config, encoder: Encoder) -> Path:
+    """Named by all that the content depends on, so that a changed video, model or setting is encoded anew."""
     status = path.stat()
-    parts = (path.resolve(), status.st_size, status.st_mtime_ns, config.base, config.width, config.height, config.span)
-    key = hashlib.sha256(repr((parts, config.interval)).encode()).hexdigest()[:24]
+    video = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    settings = (encoder.fingerprint, config.width, config.height, config.span, config.interval)
+    key = hashlib.sha256(repr((video, settings)).encode()).hexdigest()[:24]
     return cache / f"{key}.safetensors"
 
 
@@ -176,7 +188,7 @@ def fill_cache(
 
     cache.mkdir(parents=True, exist_ok=True)
     for video in videos[share[0] :: share[1]]:
-        target = _cache_file(cache, video.path, config)
+        target = _cache_file(cache, video.path, config, encoder)
         wrong = ""
         if not target.exists():
             try:

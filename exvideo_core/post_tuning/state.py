@@ -19,7 +19,7 @@ from .config import Config, ConfigError
 
 _NAME = re.compile(r"step-(\d+)")
 #: Settings that may change when a run goes on.
-_FREE = {"out", "steps", "save_every", "keep", "sample_every", "sample_steps", "log_every", "cache"}
+_FREE = {"out", "steps", "save_every", "keep", "sample_every", "sample_steps", "log_every", "cache", "cache_folder"}
 _log = logging.getLogger(__name__)
 
 

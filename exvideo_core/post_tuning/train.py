@@ -70,7 +70,7 @@ def train(config: Config) -> Path | None:
         svd.vae.requires_grad_(False).to(accelerator.device),
         svd.image_encoder.requires_grad_(False).to(accelerator.device),
     )
-    samples = _samples(accelerator, folder, config, encoder, out / "cache" if config.cache else None)
+    samples = _samples(accelerator, folder, config, encoder, config.cache_path)
     if config.cache and not config.sample_every:
         encoder.vae.cpu()
         encoder.image_encoder.cpu()

@@ -27,6 +27,6 @@ def host_path() -> Path:
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The quickstart's checkpoint and extension, in a models folder."""
-    from runner import small_model
+    import random_model
 
-    return small_model.make(tmp_path_factory.mktemp("models"))
+    return random_model.make(tmp_path_factory.mktemp("models"))

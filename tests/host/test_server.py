@@ -9,34 +9,31 @@ import threading
 from pathlib import Path
 
 import av
+import numpy as np
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner import small_model
+import random_model
+from exvideo_core.extension import Extension
 from runner.hosts import PACK, Host
 from runner.server import Server
+from small_model import measure, recipe, world
 
 QUICKSTART = PACK / "workflows" / "api" / "exvideo_quickstart.json"
 
 
 @pytest.fixture(scope="module")
-def server(host_path, small_models):
-    server = Server(Host(host_path))
-    for path in small_models:
-        (server.models / path.parent.name / path.name).write_bytes(path.read_bytes())
-    with server:
-        server.upload_image(PACK / "examples" / "astronaut.jpg")
+def server(host_path):
+    with Server(Host(host_path)) as server:
         yield server
 
 
 def prompt(**changes: dict) -> dict:
-    """The saved quickstart with our picture, and changed inputs by class."""
+    """The saved quickstart, with changed inputs by class."""
     graph = json.loads(QUICKSTART.read_text(encoding="utf-8"))
     for node in graph.values():
-        if node["class_type"] == "LoadImage":
-            node["inputs"]["image"] = "astronaut.jpg"
         node["inputs"].update(changes.get(node["class_type"], {}))
     return graph
 
@@ -45,14 +42,14 @@ _fresh = itertools.count(1)
 
 
 def quick(frames: int = 8, steps: int = 2, **changes: dict) -> dict:
-    """The same at 64x64 and few steps, ending in lossless pictures.
+    """The same with few frames and steps, ending in lossless pictures.
 
     A new seed for noise of strength 0 changes nothing but makes the host sample again, with the models it holds,
     where it would answer an equal prompt from its cache.
     """
-    conditioning = {"width": 64, "height": 64, "frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
+    conditioning = {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
     graph = prompt(**{"ExVideoConditioning": conditioning, "KSampler": {"steps": steps}, **changes})
-    for key in [key for key, node in graph.items() if node["class_type"] in ("CreateVideo", "SaveVideo")]:
+    for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
         del graph[key]
     decode = next(key for key, node in graph.items() if node["class_type"] == "ExVideoDecode")
     graph["save"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "frame"}}
@@ -88,16 +85,46 @@ def _pixels(path: Path) -> bytes:
     return Image.open(path).tobytes()  # without the metadata, which differ from prompt to prompt
 
 
-def test_saved_workflow_makes_128_frames(server) -> None:
-    result = server.run(prompt(ExVideoConditioning={"width": 128, "height": 64}, KSampler={"steps": 2}))
+def test_the_quickstart_makes_128_frames_that_move_right(server) -> None:
+    graph = prompt()
+    result = server.run(graph)
     assert result.status == "success", result.error
     entry = next(e for output in result.outputs.values() for e in output.get("images", []))
     with av.open(str(server.output / entry["subfolder"] / entry["filename"])) as container:
         stream = container.streams.video[0]
-        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    assert len(decoded) == 128 and decoded[0].shape == (64, 128, 3)
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert decoded.shape == (128, 256, 256, 3)
     assert float(stream.average_rate) == 30
-    assert torch.tensor(decoded[0]).float().std() > 1  # not one flat colour
+    seed = next(n["inputs"]["seed"] for n in graph.values() if n["class_type"] == "ExVideoExamplePicture")
+    clip = world.sample(seed)
+    sighting = measure.sight(clip, decoded / 255)
+    error = measure.path_error(sighting, clip).mean()
+    print(f"path error {error:.3f}, presence {sighting.present.mean():.3f}")
+    # A clip that stands still is off by 0.2 of the picture, one of noise shows no shapes.
+    assert error < 0.1 and sighting.present.mean() > 0.9
+
+
+def test_a_graph_creates_and_saves_an_extension(server) -> None:
+    graph = {
+        "1": {"class_type": "ExVideoCheckpointLoader", "inputs": {"ckpt_name": recipe.CHECKPOINT.name}},
+        "2": {"class_type": "ExVideoInit", "inputs": {"model": ["1", 0], "frames": 40}},
+        "3": {"class_type": "ExVideoSave",
+              "inputs": {"extension": ["2", 0], "filename_prefix": "made/new", "dtype": "fp16"}},
+    }  # fmt: skip
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    (entry,) = result.outputs["3"]["extensions"]
+    assert entry == {"filename": "new_00001_.safetensors", "subfolder": "made", "type": "output"}
+    extension = Extension.load(server.output / "made" / entry["filename"])
+    assert extension.frames == 40 and extension.dtype == torch.float16
+    graph["1"]["inputs"]["ckpt_name"] = recipe.CHECKPOINT.name
+    graph["4"] = {"class_type": "ExVideoApply",
+                  "inputs": {"model": ["1", 0], "extension": ["2", 0], "strength": 1.0, "positions": "trained"}}  # fmt: skip
+    graph["2b"] = {"class_type": "ExVideoInit", "inputs": {"model": ["4", 0], "frames": 40}}
+    graph["3"]["inputs"]["extension"] = ["2b", 0]
+    result = server.run(graph)
+    assert result.status == "error" and result.error["node_type"] == "ExVideoInit"
+    assert "has the extension 'untrained' applied" in result.error["exception_message"]
 
 
 def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
@@ -115,7 +142,7 @@ def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
     save_file({"model.diffusion_model.input_blocks.1.1.time_stack.0.x": torch.zeros(1)}, folder / "svd.safetensors")
     save_file({"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(1)}, folder / "sd.safetensors")
     generator = torch.Generator().manual_seed(0)
-    other = small_model.random_extension([32] * 16, 64, 8, generator)
+    other = random_model.random_extension([32] * 16, 64, 8, generator)
     save_file(other, folder / "narrow.safetensors")
     return {
         "missing": ("ExVideoLoader", "lacks"),
@@ -132,9 +159,9 @@ def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-def test_every_bad_file_fails_clearly_and_the_next_prompt_succeeds(server, small_models) -> None:
+def test_every_bad_file_fails_clearly_and_the_next_prompt_succeeds(server) -> None:
     good = frames(server, server.run(quick()))
-    for name, (node, message) in bad_files(server.models / "exvideo", small_models[1]).items():
+    for name, (node, message) in bad_files(server.models / "exvideo", recipe.EXTENSION).items():
         result = server.run(quick(ExVideoLoader={"extension_name": f"{name}.safetensors"}))
         assert result.status == "error", name
         assert result.error["node_type"] == node, name

@@ -9,7 +9,10 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-HOST_NODES = {"LoadImage", "VideoLinearCFGGuidance", "KSampler", "CreateVideo", "SaveVideo"}
+HOST_NODES = {"ImageScale", "LoadImage", "VideoLinearCFGGuidance", "KSampler", "CreateVideo", "SaveVideo"}
+
+
+_CONTROLS = ("randomize", "fixed", "increment", "image")
 
 
 def load(path: Path):
@@ -31,9 +34,10 @@ def test_ui_and_api_are_one_graph(name: str) -> None:
         wired = {i["name"]: links[i["link"]] for i in node["inputs"] if i.get("link") is not None}
         assert wired == {n: v for n, v in api[key]["inputs"].items() if isinstance(v, list)}, key
         # Widgets are stored by position; the frontend adds `control_after_generate` behind a seed.
-        stored = [value for value in node.get("widgets_values", []) if value not in ("randomize", "fixed", "image")]
-        given = [v for n, v in api[key]["inputs"].items() if not isinstance(v, list) and "." not in n]
-        assert stored == given, key
+        stored = [value for value in node.get("widgets_values", []) if value not in _CONTROLS]
+        widgets = [entry["name"] for entry in node["inputs"] if "widget" in entry and entry["name"] != "upload"]
+        given = {n: v for n, v in api[key]["inputs"].items() if not isinstance(v, list) and "." not in n}
+        assert {n: v for n, v in zip(widgets, stored, strict=True) if n not in wired} == given, key
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+from PIL import Image
 from transformers import CLIPImageProcessor
 
 from .checkpoint import SVD
@@ -69,8 +70,10 @@ def make_clip(
     pipe = pipeline(svd)
     pipe.set_progress_bar_config(disable=True)
     height, width = image.shape[1:3]
+    # As a PIL picture: of a tensor the pipeline expects that it has CLIP's size already.
+    pixels = (image[0] * 255).round().clamp(0, 255).byte().cpu().numpy()
     result = pipe(
-        image.movedim(-1, 1),
+        Image.fromarray(pixels),
         height=height,
         width=width,
         num_frames=frames,

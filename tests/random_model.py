@@ -1,14 +1,10 @@
-"""Makes a small SVD checkpoint and a 128-frame extension with seeded random weights, in the real formats.
+"""A small SVD checkpoint and a 128-frame extension with seeded random weights, in the real formats.
 
-The layouts come from the host's own classes, so this runs in a Python that can run ComfyUI:
-
-    python -m runner.small_model --host ComfyUI --models ComfyUI/models
+The layouts come from the host's own classes, so `make` needs an importable ComfyUI.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 CHECKPOINT = "exvideo_small_random.safetensors"
@@ -37,19 +33,6 @@ CLIP = {
     "patch_size": 14, "image_size": 224, "intermediate_size": 128, "num_attention_heads": CLIP_HEADS,
     "num_hidden_layers": 2, "projection_dim": CONTEXT,
 }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", type=Path, required=True, help="folder of ComfyUI")
-    parser.add_argument("--models", type=Path, required=True, help="its models folder, or another")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, default=128, help="frames of the extension")
-    options = parser.parse_args()
-    sys.path.insert(0, str(options.host))
-    sys.argv = sys.argv[:1]  # the host reads the command line too
-    for path in make(options.models, options.seed, options.frames):
-        print(path)
 
 
 def make(models: Path, seed: int = 0, frames: int = 128) -> tuple[Path, Path]:
@@ -167,6 +150,3 @@ def _open_clip(shapes):  # noqa: ANN001, ANN202
                 renamed[f"{new}{ours}.{parameter}"] = shapes[f"{old}{theirs}.{parameter}"]
     return renamed
 
-
-if __name__ == "__main__":
-    main()

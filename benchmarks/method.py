@@ -1,0 +1,127 @@
+"""Does post-tuning work? Clips of 128 frames by the base, the extension and its ablations, measured against the truth.
+
+    python run.py bench method [--clips 64] [--ablation-clips 32] [--jobs 2]
+
+Uses the shipped small model. The ablations' extensions are not shipped: where they are missing they are trained
+first, as `small_model/README.md` says. Clips are kept in the cache folder, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runner.environment import cache_folder
+from runner.hosts import PACK
+from small_model import clips, recipe, world
+
+from . import method_measures as measures
+from . import method_plots as plots
+from .method_rows import FRAMES, Maker, Row, ablation_rows, main_rows, make_all
+
+RESULTS = PACK / "benchmarks" / "results"
+TRUE_CLIPS = range(2 * world.HELD_OUT, 2 * world.HELD_OUT + 512)  # that made clips are compared with
+FITTED_ON = range(3 * world.HELD_OUT, 3 * world.HELD_OUT + 512)  # of the features
+_log = logging.getLogger("bench")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="run.py bench method", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--clips", type=int, default=64, help="of each main row")
+    parser.add_argument("--ablation-clips", type=int, default=32, help="of each ablation (0: none)")
+    parser.add_argument("--curve-clips", type=int, default=6, help="of the one-step denoising curve")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--base", type=Path, default=recipe.CHECKPOINT)
+    parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
+    parser.add_argument("--work", type=Path, default=cache_folder() / "small-model", help="where ablations are trained")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+
+    wanted = [(row, options.clips) for row in main_rows(options.extension)]
+    if options.ablation_clips:
+        folder = recipe.ablations(options.work, options.base, options.jobs)
+        wanted += [(row, options.ablation_clips) for row in ablation_rows(folder)]
+    kept = cache_folder() / "bench-method"
+    make_all(options.base, kept, wanted, options.jobs)
+
+    maker = Maker(options.base, kept)
+    table, by_frame = _measure(maker, wanted)
+    own_length = _own_length(maker, options.clips)
+    curve = _curve(maker, options.extension, options.curve_clips)
+    options.results.mkdir(parents=True, exist_ok=True)
+    report = {
+        "command": "python run.py bench method",
+        "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}",
+        "frames": FRAMES, "steps": clips.STEPS, "rows": table, "base_at_25_frames": own_length, "denoising": curve,
+    }  # fmt: skip
+    (options.results / "method.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    (options.results / "method_details.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    text = plots.markdown(table, own_length, {row.name: row.title for row, _ in wanted})
+    (options.results / "method.md").write_text(text, encoding="utf-8")
+    print(text)
+    plots.paths(by_frame, {row.name: row.title for row, _ in wanted}, options.results / "method_path.png")
+    plots.curve(curve, options.results / "method_denoising.png")
+    shown = [row for row, _ in wanted if row.name in ("truth", "base", "untrained", "extended", "windows")]
+    plots.contact_sheet({row.title: maker.clip(row, 0) for row in shown}, options.results / "method_frames.png")
+    return 0
+
+
+def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], dict[str, np.ndarray]]:
+    features = measures.Features(FITTED_ON)
+    true = np.stack([features(world.render(world.sample(seed), FRAMES)) for seed in TRUE_CLIPS])
+    table, by_frame = [], {}
+    for row, count in wanted:
+        found, errors, seen = [], [], []
+        for index in range(count):
+            video = maker.clip(row, index)
+            figures, frames = measures.of_clip(world.sample(world.HELD_OUT + index), video)
+            found.append(figures)
+            errors.append(frames)
+            seen.append(features(video))
+        metric = {name: measures.interval(np.array([clip[name] for clip in found])) for name in found[0]}
+        metric["frechet"] = measures.frechet_interval(np.stack(seen), true)
+        table.append({"row": row.name, "clips": count, "metric": metric})
+        by_frame[row.name] = np.stack(errors)
+        _log.info("measured %s", row.name)
+    return table, by_frame
+
+
+def _own_length(maker: Maker, count: int) -> dict[str, dict[str, float]]:
+    """The base on clips of its own 25 frames."""
+    svd = maker.model(None)
+    found = []
+    for index in range(count):
+        clip = world.sample(world.HELD_OUT + index)
+        found.append(measures.of_clip(clip, clips.make(svd, clip, svd.frames, seed=index))[0])
+    return {name: measures.interval(np.array([clip[name] for clip in found])) for name in found[0]}
+
+
+def _curve(maker: Maker, extension: Path, count: int) -> list[dict]:
+    """Path error of a single denoising step, by noise level, over all frames and over the last quarter."""
+    seeds = range(world.HELD_OUT, world.HELD_OUT + count)
+    rows = [("base at 25 frames", None, 25), ("(a) base", None, FRAMES), ("(b) untrained", "untrained", FRAMES),
+            ("(c) post-tuned", str(extension), FRAMES)]  # fmt: skip
+    found = []
+    for title, model, frames in rows:
+        errors = clips.denoising_errors(maker.model(model), seeds, frames)
+        levels = [
+            {"sigma": sigma, "path_error": float(e.mean()), "last_quarter": float(e[:, -frames // 4 :].mean()),
+             "by_frame": [round(float(value), 4) for value in e.mean(0)]}
+            for sigma, e in errors.items()
+        ]  # fmt: skip
+        found.append({"row": title, "frames": frames, "clips": count, "levels": levels})
+        _log.info("denoising curve of %s", title)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

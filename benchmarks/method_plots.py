@@ -1,0 +1,90 @@
+"""Table, plots and contact sheet of the method's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .method_measures import MEASURES
+
+
+def markdown(table: list[dict], own_length: dict[str, dict[str, float]], titles: dict[str, str]) -> str:
+    """The table, with 95 % intervals."""
+    names = list(MEASURES)
+    lines = [
+        "| row | clips | " + " | ".join(name.replace("_", " ") for name in names) + " |",
+        "| --- | --- | " + " | ".join("---" for _ in names) + " |",
+    ]
+    for row in table:
+        cells = [_cell(row["metric"][name]) for name in names]
+        lines.append(f"| {titles[row['row']]} | {row['clips']} | " + " | ".join(cells) + " |")
+    lines += ["", "The base at its own 25 frames: " + ", ".join(
+        f"{name.replace('_', ' ')} {_cell(value)}" for name, value in own_length.items()) + ".", ""]  # fmt: skip
+    lines += [f"- *{name.replace('_', ' ')}*: {text}; {perfect:g} is perfect." for name, (text, perfect) in MEASURES.items()]
+    equal = [name for name in names if _all_overlap([row["metric"][name] for row in table if row["row"] != "truth"])]
+    if equal:
+        lines += ["", f"All rows' intervals overlap on: {', '.join(equal)}. These figures tell nothing apart."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+
+
+def _all_overlap(values: list[dict[str, float]]) -> bool:
+    return max(value["low"] for value in values) <= min(value["high"] for value in values)
+
+
+def _figure(width: float, height: float):  # noqa: ANN202
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def paths(by_frame: dict[str, np.ndarray], titles: dict[str, str], target: Path) -> None:
+    """Path error by frame, mean over clips, with 95 % of the mean's scatter."""
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    for name, errors in by_frame.items():
+        mean, half = errors.mean(0), 1.96 * errors.std(0) / np.sqrt(len(errors))
+        style = {"color": "black"} if name == "truth" else {"linestyle": "-" if name in _MAIN else "--"}
+        (line,) = axes.plot(mean, label=titles[name], **style)
+        axes.fill_between(range(len(mean)), mean - half, mean + half, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.axvline(24.5, color="grey", linewidth=0.8, linestyle=":")
+    axes.annotate("the base's own length", (25, axes.get_ylim()[1] * 0.97), color="grey", fontsize=8, va="top")
+    axes.set(xlabel="frame", ylabel="distance from the true path (picture widths)", ylim=(0, None))
+    axes.legend(fontsize=8)
+    figure.savefig(target, dpi=120)
+
+
+_MAIN = ("base", "untrained", "extended", "windows")
+
+
+def curve(rows: list[dict], target: Path) -> None:
+    """One-step denoising error by noise level: whole clip, and its last quarter."""
+    figure = _figure(10, 4)
+    for axes, key, title in zip(
+        figure.subplots(1, 2, sharey=True), ("path_error", "last_quarter"), ("all frames", "last quarter"), strict=True
+    ):
+        for row in rows:
+            levels = row["levels"]
+            axes.plot([level["sigma"] for level in levels], [level[key] for level in levels], "o-", label=row["row"])
+        axes.set(xscale="log", xlabel="noise level sigma", title=title, ylim=(0, None))
+    figure.axes[0].set_ylabel("path error of one denoising step")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(target, dpi=120)
+
+
+def contact_sheet(videos: dict[str, np.ndarray], target: Path, every: int = 12) -> None:
+    """Frames of the same clip by every row."""
+    shown = range(0, 128, every)
+    figure = _figure(len(shown) * 1.0, len(videos) * 1.15)
+    grid = figure.subplots(len(videos), len(shown))
+    for axes, (title, video) in zip(grid, videos.items(), strict=True):
+        for axis, frame in zip(axes, shown, strict=True):
+            axis.imshow(video[frame])
+            axis.set_axis_off()
+            axis.set_title(str(frame), fontsize=6, pad=1)
+        axes[0].annotate(title, (0, 1.22), xycoords="axes fraction", fontsize=7)
+    figure.savefig(target, dpi=130)
