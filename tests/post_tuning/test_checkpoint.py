@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from exvideo_core.extension import Extension
 from exvideo_core.hosts.diffusers import checkpoint, patch
 from exvideo_core.post_tuning.selection import untrained
-from exvideo_core.safetensors_header import ModelFileError
+from exvideo_core.safetensors_header import ModelFileError, read_header
 
 
 def test_file_to_diffusers_and_back_is_exact(base: Path, tmp_path: Path) -> None:
@@ -34,8 +34,16 @@ def test_file_to_diffusers_and_back_is_exact(base: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("drop", ["model.diffusion_model.middle_block.1", "first_stage_model.decoder", "conditioner."])
 def test_an_incomplete_file_is_named(base: Path, tmp_path: Path, drop: str) -> None:
     path = tmp_path / "part.safetensors"
-    save_file({name: value for name, value in load_file(base).items() if not name.startswith(drop)}, path)
+    kept = {name: value for name, value in load_file(base).items() if not name.startswith(drop)}
+    save_file(kept, path, read_header(base).metadata)
     with pytest.raises(ModelFileError, match="part.safetensors.*no complete SVD"):
+        checkpoint.load(path)
+
+
+def test_a_narrow_file_has_to_tell_its_heads(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "untold.safetensors"
+    save_file(load_file(base), path)
+    with pytest.raises(ModelFileError, match="num_head_channels"):
         checkpoint.load(path)
 
 

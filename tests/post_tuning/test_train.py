@@ -83,7 +83,8 @@ def test_a_stopped_run_saves_first_and_goes_on(run) -> None:
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "go on" in text, text[-2000:]
-    assert [path.name for path in (stopped.out / "checkpoints").iterdir()] == ["step-00000001"] or "step-" in text
+    (saved,) = (path.name for path in (stopped.out / "checkpoints").iterdir())
+    assert "step-00000001" <= saved < "step-00000006"
     stopped.finish()
     assert same(stopped.checkpoint(), whole.checkpoint())
 

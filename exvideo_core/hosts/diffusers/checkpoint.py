@@ -75,6 +75,9 @@ def _load_file(path: str | os.PathLike[str]) -> SVD:
 
 def _unet(tensors: Mapping[str, torch.Tensor], head_channels: int) -> UNetSpatioTemporalConditionModel:
     widths = tuple(tensors[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in (1, 4, 7, 10))
+    if any(width % head_channels for width in widths):
+        raise ValueError(f"its widths {widths} are no multiples of {head_channels}-wide attention heads; "
+                         "metadata 'exvideo.num_head_channels' has to say how wide they are")  # fmt: skip
     unet = UNetSpatioTemporalConditionModel(
         in_channels=tensors["input_blocks.0.0.weight"].shape[1],
         out_channels=tensors["out.2.weight"].shape[0],
