@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from exvideo_core.hosts.diffusers.checkpoint import SVD
 
 FPS = 30
-STEPS = 12  # denoising steps of a clip
+STEPS = 8  # denoising steps of a clip
 SIGMAS = (1.0, 3.0, 10.0, 30.0, 100.0, 700.0)  # noise levels of the denoising curve
 
 Decode = Callable[[torch.Tensor], np.ndarray]
