@@ -21,7 +21,8 @@ def markdown(table: list[dict], own_length: dict[str, dict[str, float]], titles:
         lines.append(f"| {titles[row['row']]} | {row['clips']} | " + " | ".join(cells) + " |")
     lines += ["", "The base at its own 25 frames: " + ", ".join(
         f"{name.replace('_', ' ')} {_cell(value)}" for name, value in own_length.items()) + ".", ""]  # fmt: skip
-    lines += [f"- *{name.replace('_', ' ')}*: {text}; {perfect:g} is perfect." for name, (text, perfect) in MEASURES.items()]
+    for name, (text, perfect) in MEASURES.items():
+        lines.append(f"- *{name.replace('_', ' ')}*: {text}; {perfect:g} is perfect.")
     equal = [name for name in names if _all_overlap([row["metric"][name] for row in table if row["row"] != "truth"])]
     if equal:
         lines += ["", f"All rows' intervals overlap on: {', '.join(equal)}. These figures tell nothing apart."]

@@ -21,7 +21,7 @@ class ExVideoExamplePicture(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Decides places, shapes, colours and speed. The model has seen seeds below 10,000,000 only.",
+                    tooltip="Decides places, shapes, colours and speed. Seeds of training lie below 10,000,000.",
                 ),
             ],
             outputs=[

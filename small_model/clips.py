@@ -76,5 +76,6 @@ def denoising_errors(
 @torch.no_grad()
 def decode(svd: SVD, latents: torch.Tensor, chunk: int = 16) -> np.ndarray:
     """Scaled latents [T, 4, H, W] -> pictures, 0..1 [T, 8 H, 8 W, 3]."""
-    parts = [svd.vae.decode(part, num_frames=len(part)).sample for part in (latents / svd.vae.config.scaling_factor).split(chunk)]
+    unscaled = latents / svd.vae.config.scaling_factor
+    parts = [svd.vae.decode(part, num_frames=len(part)).sample for part in unscaled.split(chunk)]
     return ((torch.cat(parts) + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()

@@ -1,6 +1,6 @@
 """Puts the trained parts together as one SVD checkpoint.
 
-    python -m small_model.export --model FOLDER --to small_model/checkpoints/exvideo_small.safetensors
+python -m small_model.export --model FOLDER --to small_model/checkpoints/exvideo_small.safetensors
 """
 
 from __future__ import annotations

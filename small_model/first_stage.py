@@ -83,9 +83,7 @@ def train_vae(out: Path, steps: int, seed: int = 0) -> None:
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            _log.info(
-                "vae %d/%d error %.4f spread %.4f (%.0f s)", step, steps, error, spread, time.monotonic() - began
-            )
+            _log.info("vae %d/%d error %.4f spread %.4f (%.0f s)", step, steps, error, spread, time.monotonic() - began)
     vae.eval().save_pretrained(out / "vae")
 
 

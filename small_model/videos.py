@@ -1,6 +1,6 @@
 """Writes clips of the synthetic world as a folder of videos, as post-tuning reads them.
 
-    python -m small_model.videos --out FOLDER [--clips 300]
+python -m small_model.videos --out FOLDER [--clips 300]
 """
 
 from __future__ import annotations

@@ -149,4 +149,3 @@ def _open_clip(shapes):  # noqa: ANN001, ANN202
             for parameter in ("weight", "bias"):
                 renamed[f"{new}{ours}.{parameter}"] = shapes[f"{old}{theirs}.{parameter}"]
     return renamed
-

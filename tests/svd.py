@@ -13,7 +13,6 @@ import random_model
 import reference
 from exvideo_core.extension import Extension
 
-
 #: Widths 64, 128, 256, 256: a fifth of SVD's, with its heads of 64 and its context of 1024.
 DIVISOR = 5
 CONTEXT = 1024

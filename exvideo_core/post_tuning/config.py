@@ -43,7 +43,7 @@ class Config:
     steps: int = _setting(20_000, "optimizer steps")
     accumulation: int = _setting(1, "clips per optimizer step and process")
     learning_rate: float = _setting(1e-5, "of AdamW")
-    positions_rate: float = _setting(1.0, "learning rate of position tables and convolutions, as a multiple")
+    positions_rate: float = _setting(1.0, "learning rate of the position tables, as a multiple")
     warmup: int = _setting(0, "steps over which the learning rate rises from 0")
     schedule: Literal["constant", "cosine"] = _setting("constant", "learning rate after the warm-up")
     weight_decay: float = _setting(0.01, "of AdamW")
@@ -155,5 +155,3 @@ def _as(kind: Any, name: str, value: Any) -> Any:  # noqa: ANN401 - any setting
         return kind(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{name} is {value!r}: expected a value of type {kind.__name__}.") from None
-
-

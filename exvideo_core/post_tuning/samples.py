@@ -146,9 +146,7 @@ class Samples:
                 embedding = file.get_slice("embeddings")[start]
                 bucket = int(file.get_slice("buckets")[start])
         else:
-            frames = read_window(
-                video.path, start, config.frames, config.interval, config.width, config.height
-            )
+            frames = read_window(video.path, start, config.frames, config.interval, config.width, config.height)
             latents = self.encoder.latents(frames)
             embedding = self.encoder.embeddings(frames[:1])[0]
             bucket = motion_bucket(_pixels(frames))

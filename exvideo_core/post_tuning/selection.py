@@ -32,19 +32,19 @@ def select(
             blocks (attention, feed-forward, norms, the projection of positions).
 
     Returns:
-        The trained parameters: "new" (tables, convolutions) and "shared" (those that the base has too).
+        The trained parameters of each part: "positions", "convolution", "attention".
     """
     unet.requires_grad_(False)
-    new: list[torch.nn.Parameter] = []
-    shared: list[torch.nn.Parameter] = []
+    parts: dict[str, list[torch.nn.Parameter]] = {"positions": [], "convolution": [], "attention": []}
     for name in TRANSFORMERS:
         transformer = unet.get_submodule(name)
         if positions:
-            new.append(transformer.positions)
+            parts["positions"].append(transformer.positions)
         if convolution:
-            new += transformer.positional_conv.parameters()
+            parts["convolution"] += transformer.positional_conv.parameters()
         if attention:
-            shared += [transformer.get_parameter(ours) for ours in SHARED.values()]
-    for parameter in (*new, *shared):
-        parameter.requires_grad_(True)
-    return {"new": new, "shared": shared}
+            parts["attention"] += [transformer.get_parameter(ours) for ours in SHARED.values()]
+    for part in parts.values():
+        for parameter in part:
+            parameter.requires_grad_(True)
+    return parts

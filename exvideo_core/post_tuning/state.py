@@ -169,5 +169,3 @@ def clean(folder: Path) -> None:
     """Remove what an interrupted save left behind."""
     for part in folder.glob("*.part"):
         shutil.rmtree(part, ignore_errors=True)
-
-

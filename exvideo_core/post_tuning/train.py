@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from ..extension import Extension
 from ..hosts.diffusers import checkpoint, patch
 from . import state
-from .config import Config
+from .config import Config, ConfigError
 from .loss import denoise, post_tuning_loss
 from .report import Report
 from .samples import Encoder, Samples, fill_cache
@@ -81,8 +81,10 @@ def train(config: Config) -> Path | None:
         unet.enable_gradient_checkpointing()
     groups = select(unet, config.train_positions, config.train_convolution, config.train_attention)
     _narrow_frozen(accelerator, unet, config)
-    multiples = {"new": config.positions_rate, "shared": 1.0}
-    optimizer = _optimizer(config, [{"params": group, "multiple": multiples[name]} for name, group in groups.items()])
+    multiples = {"positions": config.positions_rate}
+    optimizer = _optimizer(
+        config, [{"params": group, "multiple": multiples.get(part, 1.0)} for part, group in groups.items()]
+    )
     unet, optimizer = accelerator.prepare(unet, optimizer)
     state.keep_trained_only(accelerator)
 
@@ -103,7 +105,7 @@ def train(config: Config) -> Path | None:
             if progress.step % config.ema_every == 0:
                 progress.ema.update(_trained(accelerator, unet))
             if report is not None:
-                rate = optimizer.param_groups[-1]["lr"]
+                rate = learning_rate(progress.step - 1, config)
                 report.add(progress.step, error=error, loss=loss, gradient_norm=norm, learning_rate=rate)
             if progress.step % config.save_every == 0 or last or stop.asked:
                 state.save(accelerator, checkpoints, progress, config)
@@ -122,9 +124,7 @@ def train(config: Config) -> Path | None:
     return _export(accelerator, unet, progress, out)
 
 
-def _samples(
-    accelerator: Accelerator, folder: Folder, config: Config, encoder: Encoder, cache: Path | None
-) -> Samples:
+def _samples(accelerator: Accelerator, folder: Folder, config: Config, encoder: Encoder, cache: Path | None) -> Samples:
     from tqdm import tqdm
 
     if cache is None:
@@ -149,8 +149,6 @@ def _samples(
     if accelerator.is_main_process:
         _list_skipped(Path(config.out), folder, broken)
     if not usable:
-        from .config import ConfigError
-
         raise ConfigError(f"data: none of the {len(folder.videos)} videos in {config.data} can be decoded.")
     return Samples(usable, config, encoder, cache)
 
@@ -181,7 +179,9 @@ def _optimizer(config: Config, groups: list[dict[str, object]]) -> torch.optim.O
         try:
             import bitsandbytes
         except ImportError as error:
-            raise RuntimeError("eight_bit_adam needs bitsandbytes: pip install bitsandbytes, or leave it off.") from error
+            raise ConfigError(
+                "eight_bit_adam needs bitsandbytes: pip install bitsandbytes, or leave it off."
+            ) from error
         return bitsandbytes.optim.AdamW8bit(groups, **settings)
     return torch.optim.AdamW(groups, **settings)
 

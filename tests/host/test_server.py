@@ -117,9 +117,8 @@ def test_a_graph_creates_and_saves_an_extension(server) -> None:
     assert entry == {"filename": "new_00001_.safetensors", "subfolder": "made", "type": "output"}
     extension = Extension.load(server.output / "made" / entry["filename"])
     assert extension.frames == 40 and extension.dtype == torch.float16
-    graph["1"]["inputs"]["ckpt_name"] = recipe.CHECKPOINT.name
-    graph["4"] = {"class_type": "ExVideoApply",
-                  "inputs": {"model": ["1", 0], "extension": ["2", 0], "strength": 1.0, "positions": "trained"}}  # fmt: skip
+    apply = {"model": ["1", 0], "extension": ["2", 0], "strength": 1.0, "positions": "trained"}
+    graph["4"] = {"class_type": "ExVideoApply", "inputs": apply}
     graph["2b"] = {"class_type": "ExVideoInit", "inputs": {"model": ["4", 0], "frames": 40}}
     graph["3"]["inputs"]["extension"] = ["2b", 0]
     result = server.run(graph)

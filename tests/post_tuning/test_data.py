@@ -62,7 +62,9 @@ def test_no_usable_video_is_an_error_before_training(tmp_path: Path, run, width:
 def test_metadata_says_which_videos_count_and_how_they_move(videos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "listed"
     shutil.copytree(videos, folder)
-    (folder / "metadata.json").write_text(json.dumps([{"path": "000002.mkv", "motion_bucket_id": 77}, {"path": "x.mkv"}]))
+    (folder / "metadata.json").write_text(
+        json.dumps([{"path": "000002.mkv", "motion_bucket_id": 77}, {"path": "x.mkv"}])
+    )
     found = scan(folder, 6, 64, 64)
     assert [(video.path.name, video.motion_bucket) for video in found.videos] == [("000002.mkv", 77)]
     assert [path.name for path, _ in found.skipped] == ["x.mkv"]
@@ -96,8 +98,8 @@ def test_samples_do_not_depend_on_what_came_before(base: Path, videos: Path, tmp
     from exvideo_core.post_tuning.loss import sigma_ramp
     from exvideo_core.post_tuning.samples import Encoder, Samples, fill_cache
 
-    config = parse([f"--{name}={value}" for name, value in
-                    {"base": base, "data": videos, "out": tmp_path, "frames": 6, "width": 64, "height": 64}.items()])  # fmt: skip
+    given = {"base": base, "data": videos, "out": tmp_path, "frames": 6, "width": 64, "height": 64}
+    config = parse([f"--{name}={value}" for name, value in given.items()])
     svd = checkpoint.load(base)
     found = scan(videos, config.span, 64, 64)
     encoder = Encoder(svd.vae, svd.image_encoder)

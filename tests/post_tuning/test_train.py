@@ -30,6 +30,16 @@ def undisturbed(base, videos, tmp_path_factory):
     return done
 
 
+@pytest.fixture(scope="module")
+def start(base, videos, tmp_path_factory):
+    """The weights that runs start from."""
+    from conftest import Run
+
+    begun = Run(base, videos, tmp_path_factory.mktemp("start"), steps=1, learning_rate=0.0)
+    begun.finish()
+    return begun
+
+
 def test_a_run_leaves_an_extension_figures_and_a_sample(undisturbed) -> None:
     extension = Extension.load(undisturbed.out / "extension.safetensors")
     assert extension.frames == 6 and extension.dtype == torch.float16
@@ -89,15 +99,13 @@ def test_a_stopped_run_saves_first_and_goes_on(run) -> None:
     assert same(stopped.checkpoint(), whole.checkpoint())
 
 
-def test_two_processes_equal_one_of_twice_the_accumulation(run) -> None:
+def test_two_processes_equal_one_of_twice_the_accumulation(run, start) -> None:
     one, two = run("one", accumulation=2), run("two")
     one.finish()
     two.finish(processes=2)
     ours, theirs = one.checkpoint(), two.checkpoint()
     assert ours.keys() == theirs.keys()
     apart = sum((ours[n] - theirs[n]).square().sum() for n in ours).sqrt()
-    start = run("start", steps=1, learning_rate=0.0)
-    start.finish()
     begun = start.checkpoint()
     moved = sum((ours[n] - begun[n]).square().sum() for n in ours).sqrt()
     print(f"apart {apart:.2e}, moved {moved:.2e}")
@@ -113,11 +121,9 @@ def test_two_processes_equal_one_of_twice_the_accumulation(run) -> None:
         ("train_attention", ("attn1.to_q.weight", "norm_out.bias", "positional_embedding_proj.0.weight")),
     ],
 )
-def test_what_is_switched_off_stays(run, off, kept) -> None:
+def test_what_is_switched_off_stays(run, start, off, kept) -> None:
     trained = run("trained", steps=2, **{off: False})
     trained.finish()
-    start = run("start", steps=1, learning_rate=0.0)
-    start.finish()
     after, before = trained.weights(), start.weights()
     frozen = [name for name in after if name.split(".", 2)[2] in kept]
     assert len(frozen) == 16 * len(kept)

@@ -136,7 +136,8 @@ def _rename(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, str], wha
         else:
             renamed[f"{modules[module]}.{tail}"] = tensor
     if unknown:
-        raise ValueError(f"Not the {what} of an SVD model: it holds {len(unknown)} unknown tensors ({unknown[0]}, ...).")
+        some = f"{len(unknown)} unknown tensors ({unknown[0]}, ...)"
+        raise ValueError(f"Not the {what} of an SVD model: it holds {some}.")
     return renamed
 
 
