@@ -163,6 +163,8 @@ def vae_to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     """
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     layers = _count(tensors, r"encoder\.down\.0\.block\.(\d+)\.")
+    if layers == 1:
+        tensors = _without_second_half(tensors)
     renamed = _rename(tensors, dict(_vae_modules(levels, layers)), "VAE")
     for name, tensor in renamed.items():
         if ".attentions." in name and tensor.ndim == 4:  # 1x1 convolutions there, linear layers here
@@ -190,7 +192,31 @@ def vae_to_svd(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in renamed.items():
         if ".attn_1." in name and ".norm." not in name and tensor.ndim == 2:
             renamed[name] = tensor[:, :, None, None]
+    if layers == 1:
+        renamed |= _idle_second_half(renamed)
     return renamed
+
+
+# With one layer a level, the middle of diffusers' decoder ends after its first block, and its attention is never
+# called; SVD's own decoder always goes on with attention and a second block. There both are written as layers that
+# add nothing: what they end with is zero.
+_SECOND_BLOCK = "decoder.mid.block_2."
+_LAST = ("decoder.mid.attn_1.proj_out.", f"{_SECOND_BLOCK}conv2.", f"{_SECOND_BLOCK}time_stack.out_layers.3.")
+
+
+def _idle_second_half(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = "decoder.mid.block_1."
+    idle = {_SECOND_BLOCK + name[len(first) :]: value for name, value in tensors.items() if name.startswith(first)}
+    idle |= {name: value for name, value in tensors.items() if name.startswith(_LAST[0])}
+    return {name: torch.zeros_like(value) if name.startswith(_LAST) else value.clone() for name, value in idle.items()}
+
+
+def _without_second_half(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if any(value.any() for name, value in tensors.items() if name.startswith(_LAST)):
+        raise ValueError(
+            "diffusers' VAE of one layer a level has no attention and second block in its decoder's middle"
+        )
+    return {name: value for name, value in tensors.items() if not name.startswith(_SECOND_BLOCK)}
 
 
 _CLIP_TOP = (
