@@ -56,7 +56,8 @@ def test_untrained_changes_nothing_within_the_bases_length(base) -> None:
     sample, context, ids = inputs(25)
     plain = svd.call_host(base, sample, 0.5, context, ids)
     extended = svd.call_host(apply_extension(base, untrained_extension(base, 40)), sample, 0.5, context, ids)
-    assert svd.relative_error(extended, plain) < 1e-5
+    # An identity convolution rounds: as far as the host and the reference round apart, too.
+    assert svd.relative_error(extended, plain) < 1e-4
 
 
 def test_saved_and_loaded_to_the_bit(base, tmp_path) -> None:
