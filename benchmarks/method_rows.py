@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from exvideo_core.post_tuning.samples import Encoder
 from small_model import clips, world
 
 FRAMES = 128
@@ -93,10 +94,8 @@ class Maker:
         if not path.exists():
             svd, clip = self.model(row.extension), world.sample(world.HELD_OUT + index)
             if row.truth:
-                pixels = torch.from_numpy(world.render(clip, FRAMES)).permute(0, 3, 1, 2) * 2 - 1
-                with torch.no_grad():
-                    latents = [svd.vae.encode(part).latent_dist.mode() for part in pixels.split(32)]
-                video = clips.decode(svd, torch.cat(latents) * svd.vae.config.scaling_factor)
+                pictures = world.as_bytes(world.render(clip, FRAMES))
+                video = clips.decode(svd, Encoder(svd.vae, svd.image_encoder).latents(pictures))
             elif row.windows:
                 video = clips.make_in_windows(svd, clip, FRAMES, svd.frames, seed=index)
             else:

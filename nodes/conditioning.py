@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from .types import MAX_FRAMES
+
 if TYPE_CHECKING:
     import torch
     from comfy.clip_vision import ClipVisionModel
     from comfy.sd import VAE
 
 _MAX_RESOLUTION = 16384  # the host's own limit
-_MAX_FRAMES = 16384
 
 
 class ExVideoConditioning(io.ComfyNode):
@@ -43,7 +44,7 @@ class ExVideoConditioning(io.ComfyNode):
                     "frames",
                     default=128,
                     min=1,
-                    max=_MAX_FRAMES,
+                    max=MAX_FRAMES,
                     tooltip="Frames of the clip. ExVideo-SVD-128f-v1 is trained for 128.",
                 ),
                 io.Int.Input("fps", default=30, min=1, max=1024, tooltip="Frame rate that the motion is made for."),

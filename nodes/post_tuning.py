@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 import folder_paths
 from comfy_api.latest import io
 
-from .types import ExtensionSocket
+from .types import MAX_FRAMES, ExtensionSocket
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
     from ..exvideo_core.extension import Extension
-
-_MAX_FRAMES = 16384
 
 
 class ExVideoInit(io.ComfyNode):
@@ -34,7 +32,7 @@ class ExVideoInit(io.ComfyNode):
                     "frames",
                     default=128,
                     min=1,
-                    max=_MAX_FRAMES,
+                    max=MAX_FRAMES,
                     tooltip="Frames that the extension is to be trained for.",
                 ),
             ],

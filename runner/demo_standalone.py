@@ -13,7 +13,8 @@ def main() -> int:
 
     from exvideo_core.extension import Extension
     from exvideo_core.hosts.diffusers import checkpoint, patch
-    from exvideo_core.hosts.diffusers.sampling import make_clip, write_video
+    from exvideo_core.hosts.diffusers.sampling import make_clip
+    from exvideo_core.post_tuning.videos import write_video
     from small_model import recipe, world
 
     started = time.monotonic()

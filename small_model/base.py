@@ -1,6 +1,6 @@
 """Trains the small 25-frame SVD that the extension is post-tuned on.
 
-    accelerate launch --cpu --num_processes 2 -m small_model.base --out FOLDER
+    ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m small_model.base --out FOLDER
 
 FOLDER holds the first stage (`small_model.first_stage`); the latents of the training clips are cached there. One
 process a core trains faster than one process on two. The run resumes from its last checkpoint.
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from exvideo_core.imaging import clip_pixels
 from exvideo_core.post_tuning.loss import denoise, sigma_ramp
+from exvideo_core.post_tuning.samples import Encoder
 
 from . import world
 from .first_stage import SCALING
@@ -44,7 +44,6 @@ _WARMUP = 80  # steps over which the learning rate rises
 _log = logging.getLogger("small_model")
 
 
-@torch.no_grad()
 def encode_clips(folder: Path, seeds: range, frames: int = FRAMES) -> dict[str, torch.Tensor]:
     """What the UNet reads of seeded clips.
 
@@ -54,15 +53,16 @@ def encode_clips(folder: Path, seeds: range, frames: int = FRAMES) -> dict[str, 
     from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionModelWithProjection
 
-    vae = AutoencoderKLTemporalDecoder.from_pretrained(folder / "vae").eval()
-    encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval()
+    encoder = Encoder(
+        AutoencoderKLTemporalDecoder.from_pretrained(folder / "vae").eval(),
+        CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval(),
+    )
     latents, embeddings, buckets = [], [], []
     for seed in seeds:
         clip = world.sample(seed)
-        pictures = torch.from_numpy(world.render(clip, frames))
-        pixels = pictures.permute(0, 3, 1, 2) * 2 - 1
-        latents.append(torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(32)]) * SCALING)
-        embeddings.append(encoder(clip_pixels(pictures[:1])).image_embeds)
+        pictures = world.as_bytes(world.render(clip, frames))
+        latents.append(encoder.latents(pictures))
+        embeddings.append(encoder.embeddings(pictures[:1]))
         buckets.append(clip.motion_bucket)
         if len(buckets) % 200 == 0:
             _log.info("encoded %d clips of %d", len(buckets), len(seeds))

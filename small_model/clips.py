@@ -10,6 +10,7 @@ import torch
 
 from exvideo_core.hosts.diffusers.sampling import make_clip
 from exvideo_core.post_tuning.loss import denoise
+from exvideo_core.post_tuning.samples import Encoder
 
 from . import measure, world
 
@@ -53,16 +54,13 @@ def denoising_errors(
     Returns:
         noise level -> [clips, frames], in picture widths.
     """
-    from exvideo_core.imaging import clip_pixels
-
     scaling = svd.vae.config.scaling_factor
+    encoder = Encoder(svd.vae, svd.image_encoder)
     found: dict[float, list[np.ndarray]] = {sigma: [] for sigma in sigmas}
     for seed in seeds:
         clip = world.sample(seed)
-        pictures = torch.from_numpy(world.render(clip, frames))
-        pixels = pictures.permute(0, 3, 1, 2) * 2 - 1
-        latents = torch.cat([svd.vae.encode(part).latent_dist.mode() for part in pixels.split(32)])[None] * scaling
-        embedding = svd.image_encoder(clip_pixels(pictures[:1])).image_embeds[None]
+        pictures = world.as_bytes(world.render(clip, frames))
+        latents, embedding = encoder.latents(pictures)[None], encoder.embeddings(pictures[:1])[None]
         ids = torch.tensor([[FPS - 1.0, float(clip.motion_bucket), 0.0]])
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
         for sigma in sigmas:

@@ -9,8 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
-import av
 import numpy as np
+
+from exvideo_core.post_tuning.videos import write_video
 
 from . import world
 
@@ -26,13 +27,7 @@ def write(folder: Path, clips: int, frames: int = FRAMES, first_seed: int = 0) -
         clip = world.sample(seed)
         name = f"{seed:06d}.mkv"
         pictures = (world.render(clip, frames) * 255).round().astype(np.uint8)
-        with av.open(str(folder / name), "w") as container:
-            stream = container.add_stream("ffv1", rate=FPS)
-            stream.height, stream.width = pictures.shape[1:3]
-            stream.pix_fmt = "bgr0"
-            for picture in pictures:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+        write_video(folder / name, pictures, FPS, lossless=True)
         entries.append({"path": name, "motion_bucket_id": clip.motion_bucket})
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 

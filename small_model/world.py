@@ -15,8 +15,12 @@ cannot carry from layer to layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 SIZE = 64  # pixels, width and height
 LANES = 2
@@ -102,6 +106,13 @@ def draw(clip: Clip, centres: np.ndarray, size: int = SIZE) -> np.ndarray:
         cover = np.clip((RADIUS - distance) * size + 0.5, 0, 1)[..., None].astype(np.float32)
         video += cover * (colours[clip.colour[lane]] - video)
     return video
+
+
+def as_bytes(video: np.ndarray) -> torch.Tensor:
+    """0..1 -> uint8, as video files hold it and the post-tuning's encoder reads it."""
+    import torch
+
+    return torch.from_numpy((video * 255).round().astype(np.uint8))
 
 
 def background(size: int = SIZE) -> np.ndarray:

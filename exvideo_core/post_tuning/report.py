@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .config import Config
 from .samples import write_atomically
-from .videos import Video, read_window
+from .videos import Video, read_window, write_video
 
 if TYPE_CHECKING:
     from ..hosts.diffusers.checkpoint import SVD
@@ -53,7 +53,7 @@ class Report:
 
     def sample(self, step: int, svd: SVD, video: Video) -> None:
         """Make a clip from a training video's first frame with the weights as they are now."""
-        from ..hosts.diffusers.sampling import make_clip, write_video
+        from ..hosts.diffusers.sampling import make_clip
 
         config = self.config
         picture = read_window(video.path, 0, 1, 1, config.width, config.height)

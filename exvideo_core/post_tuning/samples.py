@@ -187,7 +187,6 @@ def fill_cache(
     cache.mkdir(parents=True, exist_ok=True)
     for video in videos[share[0] :: share[1]]:
         target = _cache_file(cache, video.path, config, encoder)
-        wrong = ""
         if not target.exists():
             try:
                 frames = read_window(video.path, 0, video.frames, 1, config.width, config.height)
@@ -203,7 +202,7 @@ def fill_cache(
                 ),
             }
             write_atomically(target, lambda part, content=content: save_file(content, part))
-        yield video, wrong
+        yield video, ""
 
 
 def write_atomically(target: Path, write: Callable[[Path], None]) -> None:

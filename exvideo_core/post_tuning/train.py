@@ -109,7 +109,8 @@ def train(config: Config) -> Path | None:
                 report.add(progress.step, error=error, loss=loss, gradient_norm=norm, learning_rate=rate)
             if progress.step % config.save_every == 0 or last or stop.asked:
                 state.save(accelerator, checkpoints, progress, config)
-                _export(accelerator, unet, progress, out)
+                if not last:  # then it is done on the way out
+                    _export(accelerator, unet, progress, out)
             if report is not None and config.sample_every and progress.step % config.sample_every == 0:
                 report.sample(progress.step, svd, samples.videos[0])
                 unet.train()
@@ -237,19 +238,10 @@ def _step(
 def _trained(accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The extension's weights by name, whole on every process (a collective where they are sharded)."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        full = accelerator.get_state_dict(unet) or {}  # empty beside the main process
-        wanted = set(_extension_names())
-        return {name: value for name, value in full.items() if name in wanted}
-    names = set(_extension_names())
-    live = accelerator.unwrap_model(unet).state_dict()
-    return {name: live[name] for name in live if name in names}
-
-
-def _extension_names() -> list[str]:
-    from ..hosts.diffusers.names import TRANSFORMERS
-
-    own = ("positions", "positional_conv.weight", "positional_conv.bias", *patch.SHARED.values())
-    return [f"{transformer}.{name}" for transformer in TRANSFORMERS for name in own]
+        state_dict = accelerator.get_state_dict(unet) or {}  # empty beside the main process
+    else:
+        state_dict = accelerator.unwrap_model(unet).state_dict()
+    return {name: value for name, value in state_dict.items() if name in patch.EXTENSION_PARAMETERS}
 
 
 def _export(accelerator: Accelerator, unet: torch.nn.Module, progress: state.Progress, out: Path) -> Path:

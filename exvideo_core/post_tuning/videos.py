@@ -1,13 +1,15 @@
-"""A folder of training videos: what is usable, and the frames of a window."""
+"""Video files: which of a folder are usable for training, the frames of a window, and writing one."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..imaging import fit
@@ -136,3 +138,23 @@ def read_window(path: Path, start: int, frames: int, interval: int, width: int, 
     if len(found) < frames:
         raise ValueError(f"{path} ends {frames - len(found)} frames before its own count.")
     return torch.cat(found)
+
+
+def write_video(path: Path, clip: np.ndarray, fps: int, lossless: bool = False) -> None:
+    """Write uint8 frames [T, H, W, 3] as a video file, whole or not at all: H.264, or FFV1 where `lossless`."""
+    import av
+
+    codec, pixel_format, options = ("ffv1", "bgr0", {}) if lossless else ("libx264", "yuv420p", {"crf": "12"})
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        with av.open(str(part), "w") as container:
+            stream = container.add_stream(codec, rate=fps)
+            stream.height, stream.width = clip.shape[1:3]
+            stream.pix_fmt = pixel_format
+            stream.options = options
+            for picture in clip:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -74,27 +74,34 @@ from safetensors.torch import load_file, save_file
 from exvideo_core.extension import Extension
 from exvideo_core.hosts.diffusers import checkpoint, patch
 base, extension, given, out = sys.argv[1:]
-unet = checkpoint.load(base).unet
+svd = checkpoint.load(base)
+unet = svd.unet
 patch.apply(unet, Extension.load(extension))
 t = load_file(given)
 with torch.no_grad():
     out_ = unet(t["sample"], torch.tensor([0.5]), t["context"], t["ids"], return_dict=False)[0]
-save_file({"out": out_.contiguous()}, out)
+    vae = svd.vae
+    pixels = vae.decode(t["latents"] / vae.config.scaling_factor, num_frames=len(t["latents"])).sample
+save_file({"out": out_.contiguous(), "pixels": pixels.contiguous()}, out)
 """
 
 
 def test_diffusers_computes_what_the_host_computes(tmp_path) -> None:
-    """The shipped model and extension, float32, one UNet call: on diffusers in a Python of its own."""
+    """The shipped model and extension, float32: one UNet call and one decoding, on diffusers in its own Python."""
     sample, context, ids = inputs(128)
-    model = load_checkpoint(str(recipe.CHECKPOINT))[0]
+    latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    model, _, vae = load_checkpoint(str(recipe.CHECKPOINT))
     model.model.diffusion_model.float()
     model.model.diffusion_model.dtype = torch.float32
     model.model.manual_cast_dtype = None
     ours = svd.call_host(apply_extension(model, Extension.load(recipe.EXTENSION)), sample, 0.5, context, ids)
-    save_file({"sample": sample, "context": context, "ids": ids}, tmp_path / "in.safetensors")
+    save_file({"sample": sample, "context": context, "ids": ids, "latents": latents}, tmp_path / "in.safetensors")
     environment = {**os.environ, "PYTHONPATH": str(PACK)}
     files = [recipe.CHECKPOINT, recipe.EXTENSION, tmp_path / "in.safetensors", tmp_path / "out.safetensors"]
     subprocess.run([own_python(), "-c", _DIFFUSERS, *files], check=True, env=environment)
-    error = svd.relative_error(load_file(tmp_path / "out.safetensors")["out"], ours)
+    theirs = load_file(tmp_path / "out.safetensors")
+    error = svd.relative_error(ours, theirs["out"])
     print(f"relative error {error:.2e}")
     assert error < 1e-4
+    pixels = (theirs["pixels"].movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+    assert svd.relative_error(vae.decode(latents / 0.18215), pixels) < 1e-3

@@ -29,6 +29,13 @@ def _shared_names() -> dict[str, str]:
 #: Name under the SVD transformer -> under diffusers' transformer.
 SHARED: Mapping[str, str] = _shared_names()
 
+#: An extension's parameters by their names in an extended UNet.
+EXTENSION_PARAMETERS = frozenset(
+    f"{transformer}.{name}"
+    for transformer in TRANSFORMERS
+    for name in ("positions", "positional_conv.weight", "positional_conv.bias", *SHARED.values())
+)
+
 
 class ExtendedTransformer(TransformerSpatioTemporalModel):
     """diffusers' spatio-temporal transformer with a position table and a 3-D convolution (paper section 3.2).

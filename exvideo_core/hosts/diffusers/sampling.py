@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,22 +87,3 @@ def make_clip(
         output_type="np",
     )
     return (result.frames[0] * 255).round().astype(np.uint8)
-
-
-def write_video(path: Path, clip: np.ndarray, fps: int, codec: str = "libx264") -> None:
-    """Write uint8 frames [T, H, W, 3] as a video file, whole or not at all."""
-    import av
-
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
-    try:
-        with av.open(str(part), "w") as container:
-            stream = container.add_stream(codec, rate=fps)
-            stream.height, stream.width = clip.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "12"}
-            for picture in clip:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
