@@ -59,7 +59,7 @@ def main() -> int:
     curve = _curve(maker, options.extension, options.curve_clips)
     options.results.mkdir(parents=True, exist_ok=True)
     report = {
-        "command": "python run.py bench method",
+        "command": " ".join(["python run.py bench method", *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}",
         "frames": FRAMES, "steps": clips.STEPS, "rows": table, "base_at_25_frames": own_length, "denoising": curve,
     }  # fmt: skip

@@ -71,7 +71,8 @@ def curve(rows: list[dict], target: Path) -> None:
         for row in rows:
             levels = row["levels"]
             axes.plot([level["sigma"] for level in levels], [level[key] for level in levels], "o-", label=row["row"])
-        axes.set(xscale="log", xlabel="noise level sigma", title=title, ylim=(0, None))
+        axes.set(xscale="log", xlabel="noise level sigma", title=title)
+    figure.axes[0].set_ylim(bottom=0)  # of both, and only now: a limit set earlier would fix the upper one too
     figure.axes[0].set_ylabel("path error of one denoising step")
     figure.axes[0].legend(fontsize=8)
     figure.savefig(target, dpi=120)
@@ -81,11 +82,11 @@ def contact_sheet(videos: dict[str, np.ndarray], target: Path, every: int = 12) 
     """Frames of the same clip by every row."""
     shown = range(0, 128, every)
     figure = _figure(len(shown) * 1.0, len(videos) * 1.15)
-    grid = figure.subplots(len(videos), len(shown))
+    grid = figure.subplots(len(videos), len(shown), gridspec_kw={"hspace": 0.25})
     for axes, (title, video) in zip(grid, videos.items(), strict=True):
         for axis, frame in zip(axes, shown, strict=True):
             axis.imshow(video[frame])
             axis.set_axis_off()
             axis.set_title(str(frame), fontsize=6, pad=1)
-        axes[0].annotate(title, (0, 1.22), xycoords="axes fraction", fontsize=7)
-    figure.savefig(target, dpi=130)
+        axes[0].annotate(title, (0, 1.22), xycoords="axes fraction", fontsize=7, in_layout=False)
+    figure.savefig(target, dpi=130, bbox_inches="tight")  # titles stand outside the layout
