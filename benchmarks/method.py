@@ -46,12 +46,14 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
 
+    kept = cache_folder() / "bench-method"
     wanted = [(row, options.clips) for row in main_rows(options.extension)]
+    make_all(options.base, kept, wanted, options.jobs)
     if options.ablation_clips:
         folder = recipe.ablations(options.work, options.base, options.jobs)
-        wanted += [(row, options.ablation_clips) for row in ablation_rows(folder)]
-    kept = cache_folder() / "bench-method"
-    make_all(options.base, kept, wanted, options.jobs)
+        ablated = [(row, options.ablation_clips) for row in ablation_rows(folder)]
+        make_all(options.base, kept, ablated, options.jobs)
+        wanted += ablated
 
     maker = Maker(options.base, kept)
     table, by_frame = _measure(maker, wanted)

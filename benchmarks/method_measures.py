@@ -13,9 +13,11 @@ MEASURES = {
     "path_error_end": ("the same over the last quarter of the frames", 0.0),
     "jump": ("how far frame-to-frame steps are from the true ones, in units of the true speed", 0.0),
     "largest_step": ("95th percentile of the size of steps, in units of the true speed", 1.0),
+    "largest_stride": ("the same for the way of 4 frames, to which the pictures' wobble adds a fourth as much", 1.0),
     "background_drift": ("change of the background's colour since the first frame, 0..1", 0.0),
     "frechet": ("Fréchet distance of clip features from those of true clips", 0.0),
 }
+_STRIDE = 4
 _LOST_STEP = 2.0  # a step from or to an absent shape counts like one in the wrong direction
 
 
@@ -29,15 +31,22 @@ def of_clip(clip: world.Clip, video: np.ndarray) -> tuple[dict[str, float], np.n
     errors = measure.path_error(sighting, clip)
     steps, true_steps = np.diff(sighting.x, axis=0), np.diff(clip.path(len(video)), axis=0)
     wrong = np.abs(steps - true_steps) / clip.speed
-    sizes = np.abs(steps[~np.isnan(steps)]) / clip.speed
     return {
         "presence": float(sighting.present.mean()),
         "path_error": float(errors.mean()),
         "path_error_end": float(errors[-len(video) // 4 :].mean()),
         "jump": float(np.where(np.isnan(wrong), _LOST_STEP, wrong).mean()),
-        "largest_step": float(np.percentile(sizes, 95)) if sizes.size else float("nan"),
+        "largest_step": _largest(sighting.x, 1) / clip.speed,
+        "largest_stride": _largest(sighting.x, _STRIDE) / clip.speed,
         "background_drift": _background_drift(video),
     }, errors.mean(1)
+
+
+def _largest(x: np.ndarray, frames: int) -> float:
+    """95th percentile of the size of ways over some frames, per frame."""
+    ways = np.abs(x[frames:] - x[:-frames]) / frames
+    ways = ways[~np.isnan(ways)]
+    return float(np.percentile(ways, 95)) if ways.size else float("nan")
 
 
 def _background_drift(video: np.ndarray) -> float:

@@ -20,8 +20,8 @@ PACK = Path(__file__).resolve().parents[1]
 CHECKPOINT = PACK / "small_model" / "checkpoints" / "exvideo_small.safetensors"
 EXTENSION = PACK / "small_model" / "exvideo" / "exvideo_small_128f.safetensors"
 SETTINGS = PACK / "small_model" / "post_tuning.yaml"
-VIDEOS = 240
-STEPS = 1800  # of the shipped extension
+VIDEOS = 960
+STEPS = 3000  # of the shipped extension
 ABLATION_STEPS = 300
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "full": (),
