@@ -21,7 +21,7 @@ CHECKPOINT = PACK / "small_model" / "checkpoints" / "exvideo_small.safetensors"
 EXTENSION = PACK / "small_model" / "exvideo" / "exvideo_small_128f.safetensors"
 SETTINGS = PACK / "small_model" / "post_tuning.yaml"
 VIDEOS = 960
-STEPS = 3000  # of the shipped extension
+STEPS = 4200  # of the shipped extension
 ABLATION_STEPS = 300
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "full": (),
