@@ -65,8 +65,7 @@ def main() -> int:
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}",
         "frames": FRAMES, "steps": clips.STEPS, "rows": table, "base_at_25_frames": own_length, "denoising": curve,
     }  # fmt: skip
-    (options.results / "method.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
-    (options.results / "method_details.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (options.results / "method.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     text = plots.markdown(table, own_length, {row.name: row.title for row, _ in wanted})
     (options.results / "method.md").write_text(text, encoding="utf-8")
     print(text)

@@ -53,9 +53,9 @@ def paths(by_frame: dict[str, np.ndarray], titles: dict[str, str], target: Path)
         (line,) = axes.plot(mean, label=titles[name], **style)
         axes.fill_between(range(len(mean)), mean - half, mean + half, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.axvline(24.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.annotate("the base's own length", (25, axes.get_ylim()[1] * 0.97), color="grey", fontsize=8, va="top")
+    axes.annotate("the base's own length", (25.5, axes.get_ylim()[1] * 0.97), color="grey", fontsize=8, va="top")
     axes.set(xlabel="frame", ylabel="distance from the true path (picture widths)", ylim=(0, None))
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(target, dpi=120)
 
 
@@ -81,12 +81,11 @@ def curve(rows: list[dict], target: Path) -> None:
 def contact_sheet(videos: dict[str, np.ndarray], target: Path, every: int = 12) -> None:
     """Frames of the same clip by every row."""
     shown = range(0, 128, every)
-    figure = _figure(len(shown) * 1.0, len(videos) * 1.15)
-    grid = figure.subplots(len(videos), len(shown), gridspec_kw={"hspace": 0.25})
-    for axes, (title, video) in zip(grid, videos.items(), strict=True):
-        for axis, frame in zip(axes, shown, strict=True):
+    figure = _figure(len(shown) * 1.0, len(videos) * 1.3)
+    for part, (title, video) in zip(figure.subfigures(len(videos), 1), videos.items(), strict=True):
+        part.suptitle(title, fontsize=7, x=0.01, ha="left")
+        for axis, frame in zip(part.subplots(1, len(shown)), shown, strict=True):
             axis.imshow(video[frame])
             axis.set_axis_off()
             axis.set_title(str(frame), fontsize=6, pad=1)
-        axes[0].annotate(title, (0, 1.22), xycoords="axes fraction", fontsize=7, in_layout=False)
-    figure.savefig(target, dpi=130, bbox_inches="tight")  # titles stand outside the layout
+    figure.savefig(target, dpi=130)

@@ -9,8 +9,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
 from exvideo_core.post_tuning.videos import write_video
 
 from . import world
@@ -26,8 +24,7 @@ def write(folder: Path, clips: int, frames: int = FRAMES, first_seed: int = 0) -
     for seed in range(first_seed, first_seed + clips):
         clip = world.sample(seed)
         name = f"{seed:06d}.mkv"
-        pictures = (world.render(clip, frames) * 255).round().astype(np.uint8)
-        write_video(folder / name, pictures, FPS, lossless=True)
+        write_video(folder / name, world.as_bytes(world.render(clip, frames)).numpy(), FPS, lossless=True)
         entries.append({"path": name, "motion_bucket_id": clip.motion_bucket})
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 

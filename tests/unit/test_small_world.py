@@ -47,6 +47,7 @@ def test_the_truth_measures_as_true() -> None:
         found = figures(clip, world.render(clip, FRAMES))
         assert found["presence"] == 1 and found["path_error"] < 0.003 and found["jump"] < 0.3
         assert found["largest_step"] == pytest.approx(1, abs=0.4) and found["background_drift"] < 1e-3
+        assert found["largest_stride"] == pytest.approx(1, abs=0.1)
 
 
 def test_what_stands_still_or_runs_elsewhere_measures_as_wrong() -> None:
@@ -61,6 +62,16 @@ def test_what_stands_still_or_runs_elsewhere_measures_as_wrong() -> None:
     leap = truth.copy()
     leap[60:] = truth[60:][::-1]
     assert figures(clip, world.draw(clip, leap))["jump"] > 0.5
+
+
+def test_wobble_is_in_steps_and_leaps_are_in_strides_too() -> None:
+    clip = world.sample(3)
+    truth = clip.path(FRAMES)
+    wobble = truth + 1.5 * clip.speed * np.where(np.arange(FRAMES) % 2, 1, -1)[:, None]
+    shaken = figures(clip, world.draw(clip, wobble))
+    assert shaken["largest_step"] > 3 and shaken["largest_stride"] == pytest.approx(1, abs=0.2)
+    leaps = truth + 12 * clip.speed * (np.arange(FRAMES) % 32 >= 16)[:, None]
+    assert figures(clip, world.draw(clip, leaps))["largest_stride"] > 2
 
 
 def test_lost_swapped_and_smeared_shapes_are_not_present() -> None:
