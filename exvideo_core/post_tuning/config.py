@@ -47,6 +47,7 @@ class Config:
     warmup: int = _setting(0, "steps over which the learning rate rises from 0")
     schedule: Literal["constant", "cosine"] = _setting("constant", "learning rate after the warm-up")
     weight_decay: float = _setting(0.01, "of AdamW")
+    adam_epsilon: float = _setting(1e-8, "of AdamW: gradients well below it move a weight in proportion")
     clip_gradients: float = _setting(0.0, "largest norm of the gradient (0: unlimited)")
     contrast: float = _setting(1.01, "target latents are multiplied by this")
     ema: float = _setting(0.9, "share that the moving average keeps at each update")

@@ -175,7 +175,7 @@ def _narrow_frozen(accelerator: Accelerator, unet: torch.nn.Module, config: Conf
 
 def _optimizer(config: Config, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "eps": config.adam_epsilon}
     if config.eight_bit_adam:
         try:
             import bitsandbytes
