@@ -24,7 +24,7 @@ from runner.hosts import PACK, Host, find_hosts, is_host
 
 TIERS = ("unit", "parity", "post_tuning", "host", "cuda")
 HOSTLESS = ("unit", "parity", "post_tuning")
-BENCHMARKS = ("method",)
+BENCHMARKS = {"method": False, "speed": True, "memory": True, "growth": True}  # name -> needs a ComfyUI
 HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
 NO_HOST = (
     "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"
@@ -42,7 +42,7 @@ def main() -> int:
     test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given again)")
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     bench = commands.add_parser("bench", help="make the figures of benchmarks/", add_help=False)
-    bench.add_argument("name", choices=BENCHMARKS)
+    bench.add_argument("name", choices=list(BENCHMARKS))
     options, rest = parser.parse_known_args()
     if rest and options.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -53,7 +53,7 @@ def main() -> int:
         if options.command == "demo":
             return demo(options.host, options.standalone, options.keep)
         if options.command == "bench":
-            return _python(own_python(), "-m", f"benchmarks.{options.name}", *rest).returncode
+            return benchmark(options.name, rest)
         return run_tests(tuple(options.tier or TIERS), options.pytest)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
@@ -74,6 +74,17 @@ def demo(folder: Path | None = None, standalone: bool = False, keep: bool = Fals
     host = hosts[0]
     arguments = ["--host", str(host.path), *(["--keep"] if keep else [])]
     return _python(host_python(host), "-m", "runner.demo", *arguments).returncode
+
+
+def benchmark(name: str, arguments: list[str]) -> int:
+    if not BENCHMARKS[name]:
+        return _python(own_python(), "-m", f"benchmarks.{name}", *arguments).returncode
+    hosts = find_hosts()
+    if not hosts:
+        print(f"bench {name} needs a ComfyUI: {NO_HOST}", file=sys.stderr)
+        return 1
+    done = _python(host_python(hosts[0]), "-m", f"benchmarks.{name}", *arguments, host=hosts[0])
+    return done.returncode or _python(own_python(), "-m", "benchmarks.plots", name).returncode
 
 
 def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:

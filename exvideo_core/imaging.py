@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+
+from .choices import Blend
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -114,14 +117,23 @@ def chunks(frames: int, size: int, overlap: int) -> Iterator[tuple[int, int]]:
         start += size - overlap
 
 
-def blend_weights(start: int, end: int, frames: int) -> torch.Tensor:
-    """Weight of each frame of a chunk: a ramp up from its start and down to its end, none at the clip's ends.
+def blend_weights(start: int, end: int, frames: int, overlap: int, blend: Blend) -> torch.Tensor:
+    """Weight of each frame of a chunk where it is blended with its neighbours; none is lowered at the clip's ends.
+
+    *linear* is the reference's: a ramp up from the chunk's start and down to its end, whatever the overlap.
+    *smooth* leaves the outer third of the overlap out, where frames have few neighbours along time to be decoded by,
+    and fades over the rest by squared sines, which sum to one.
 
     Returns:
         [end - start] in float32.
     """
     length = end - start
     position = torch.arange(length, dtype=torch.float32)
-    rising = position + 1 if start > 0 else torch.full((length,), float(length))
-    falling = length - position if end < frames else torch.full((length,), float(length))
-    return torch.minimum(rising, falling)
+    if blend == "linear":
+        most, rising = torch.full((length,), float(length)), position + 1
+    else:
+        left_out = overlap // 3
+        fading = max(overlap - 2 * left_out, 1)
+        most = torch.ones(length)
+        rising = torch.sin(((position + 0.5 - left_out) / fading).clamp(0, 1) * (math.pi / 2)).square()
+    return torch.minimum(rising if start > 0 else most, rising.flip(0) if end < frames else most)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .position_modes import PositionMode
+from .choices import PositionMode
 
 #: Positions that the first frames of a clip have to themselves: the ping-pong never returns to them.
 _LEAD_IN = 5

@@ -60,6 +60,46 @@ def positional_convolution(
     return convolved.permute(0, 3, 4, 2, 1).reshape(-1, frames, channels)
 
 
+def row_slab(
+    clips: torch.Tensor, start: int, end: int, above: torch.Tensor | None, positions: torch.Tensor
+) -> torch.Tensor:
+    """What the 3x3x3 convolution reads to compute some rows, as pictures for a 3x3 one.
+
+    Frames are padded with their reflection, as by `reflect_pad`, and each one comes with its neighbours' channels
+    beside its own, in the order of `as_picture_convolution`.
+
+    Args:
+        clips: [B, T, H, W, C]; rows before `start` are not read.
+        start, end: the rows to compute.
+        above: row `start - 1` [B, T, W, C]; None for the first rows.
+        positions: projected frame positions, added to every row [T, C].
+
+    Returns:
+        [B*T, 3 C, end - start + 2, W + 2], channels last in memory.
+    """
+    batch, frames, height, width, channels = clips.shape
+    padded = clips.new_empty(batch, frames + 2, end - start + 2, width + 2, channels)
+    inner = padded[:, 1:-1, :, 1:-1]
+    shift = positions[:, None]
+    torch.add(clips[:, :, start:end], shift[:, None], out=inner[:, :, 1:-1])
+    torch.add(clips[:, :, min(1, height - 1)] if above is None else above, shift, out=inner[:, :, 0])
+    below = end if end < height else max(height - 2, 0)
+    from_above = below < start and above is not None
+    torch.add(above if from_above else clips[:, :, below], shift, out=inner[:, :, -1])
+    padded[:, 1:-1, :, 0] = padded[:, 1:-1, :, min(2, width)]
+    padded[:, 1:-1, :, -1] = padded[:, 1:-1, :, max(width - 1, 1)]
+    padded[:, 0] = padded[:, min(2, frames)]
+    padded[:, -1] = padded[:, max(frames - 1, 1)]
+    pictures = torch.cat([padded[:, k : k + frames] for k in range(3)], dim=-1)
+    return pictures.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def as_picture_convolution(weight: torch.Tensor) -> torch.Tensor:
+    """3x3x3 weights [C', C, 3, 3, 3] as 3x3 ones over three frames' channels [C', 3 C, 3, 3], channels last."""
+    pictures = weight.movedim(2, 1).flatten(1, 2)
+    return pictures.contiguous(memory_format=torch.channels_last)
+
+
 def blended_convolution(weight: torch.Tensor, bias: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The convolution's weights, moved towards identity where strength is below 1.
 

@@ -8,8 +8,9 @@ from .conditioning import ExVideoConditioning
 from .example import ExVideoExamplePicture
 from .latents import ExVideoDecode, ExVideoNormalizeLatent
 from .loaders import ExVideoCheckpointLoader, ExVideoLoader
-from .model import ExVideoApply
+from .model import ExVideoApply, ExVideoMemory
 from .post_tuning import ExVideoInit, ExVideoSave
+from .video import ExVideoSaveVideo
 
 NODES: list[type[io.ComfyNode]] = [
     ExVideoCheckpointLoader,
@@ -18,6 +19,8 @@ NODES: list[type[io.ComfyNode]] = [
     ExVideoConditioning,
     ExVideoNormalizeLatent,
     ExVideoDecode,
+    ExVideoSaveVideo,
+    ExVideoMemory,
     ExVideoInit,
     ExVideoSave,
     ExVideoExamplePicture,

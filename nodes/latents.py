@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from ..exvideo_core.choices import BLENDS, Blend
+
 if TYPE_CHECKING:
     from comfy.sd import VAE
 
@@ -45,6 +47,52 @@ class ExVideoNormalizeLatent(io.ComfyNode):
         return io.NodeOutput({**latent, "samples": normalize_latents(latent["samples"], normalize, contrast)})
 
 
+def decoder_inputs() -> list[io.Input]:
+    """Inputs of the nodes that decode: VAE, latent, and how it is cut along time."""
+    return [
+        io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
+        io.Latent.Input("latent", tooltip="The clip to decode."),
+        io.Int.Input(
+            "chunk_frames",
+            default=24,
+            min=1,
+            max=1024,
+            tooltip="Frames decoded at once. More need more memory and see more of their neighbours.",
+        ),
+        io.Int.Input(
+            "overlap_frames",
+            default=12,
+            min=0,
+            max=1023,
+            tooltip="Frames that neighbouring chunks share and blend. Has to be smaller than chunk_frames.",
+        ),
+    ]
+
+
+def blend_input() -> io.Input:
+    """Last input of the nodes that decode."""
+    return io.Combo.Input(
+        "blend",
+        options=list(BLENDS),
+        default="smooth",
+        optional=True,
+        tooltip="smooth: the outer third of an overlap is left out, and the rest fades, so that no seam shows. linear: "
+        "the reference's, with 8 frames and an overlap of 4.",
+    )
+
+
+def check_chunks(chunk_frames: int, overlap_frames: int) -> bool | str:
+    """Answer of a decoding node's `validate_inputs`.
+
+    Naming an input there switches the host's own range check of it off, so it is done here too.
+    """
+    if not 1 <= chunk_frames <= 1024:
+        return f"chunk_frames ({chunk_frames}) has to be from 1 to 1024."
+    if not 0 <= overlap_frames < chunk_frames:
+        return f"overlap_frames ({overlap_frames}) has to be from 0 to chunk_frames - 1 ({chunk_frames - 1})."
+    return True
+
+
 class ExVideoDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -54,38 +102,18 @@ class ExVideoDecode(io.ComfyNode):
             category="ExVideo",
             description="Decodes a clip in overlapping chunks of frames and blends them, so that no seam shows between "
             "chunks and memory does not grow with them.",
-            inputs=[
-                io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
-                io.Latent.Input("latent", tooltip="The clip to decode."),
-                io.Int.Input(
-                    "chunk_frames",
-                    default=8,
-                    min=1,
-                    max=1024,
-                    tooltip="Frames decoded at once. More need more memory and see more of their neighbours.",
-                ),
-                io.Int.Input(
-                    "overlap_frames",
-                    default=4,
-                    min=0,
-                    max=1023,
-                    tooltip="Frames that neighbouring chunks share and blend. Has to be smaller than chunk_frames.",
-                ),
-            ],
+            inputs=[*decoder_inputs(), blend_input()],
             outputs=[io.Image.Output(display_name="image", tooltip="The frames of the clip.")],
         )
 
     @classmethod
     def validate_inputs(cls, chunk_frames: int, overlap_frames: int) -> bool | str:
-        # Naming an input here switches the host's own range check of it off, so it is done here too.
-        if not 1 <= chunk_frames <= 1024:
-            return f"chunk_frames ({chunk_frames}) has to be from 1 to 1024."
-        if not 0 <= overlap_frames < chunk_frames:
-            return f"overlap_frames ({overlap_frames}) has to be from 0 to chunk_frames - 1 ({chunk_frames - 1})."
-        return True
+        return check_chunks(chunk_frames, overlap_frames)
 
     @classmethod
-    def execute(cls, vae: VAE, latent: dict[str, Any], chunk_frames: int, overlap_frames: int) -> io.NodeOutput:
+    def execute(
+        cls, vae: VAE, latent: dict[str, Any], chunk_frames: int, overlap_frames: int, blend: Blend = "smooth"
+    ) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.pixels import decode
 
-        return io.NodeOutput(decode(vae, latent["samples"], chunk_frames, overlap_frames))
+        return io.NodeOutput(decode(vae, latent["samples"], chunk_frames, overlap_frames, blend))

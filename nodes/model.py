@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..exvideo_core.position_modes import POSITION_MODES, PositionMode
+from ..exvideo_core.choices import POSITION_MODES, PositionMode
 from .types import ExtensionSocket
 
 if TYPE_CHECKING:
@@ -59,3 +59,42 @@ class ExVideoApply(io.ComfyNode):
         from ..exvideo_core.hosts.comfyui.patch import apply_extension
 
         return io.NodeOutput(apply_extension(model, extension, strength, positions))
+
+
+class ExVideoMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoMemory",
+            display_name="ExVideo Memory",
+            category="ExVideo/advanced",
+            description="Sets by hand how a model with an extension is computed in chunks. The result stays the same; "
+            "without this node the chunks follow the memory that is free.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model from ExVideo Apply."),
+                io.Int.Input(
+                    "chunk_megabytes",
+                    default=0,
+                    min=0,
+                    max=65536,
+                    tooltip="Size of a chunk's largest tensor. Smaller needs less memory and is slower on a GPU. 0 "
+                    "follows the memory that is free.",
+                ),
+                io.Boolean.Input(
+                    "offload_skips",
+                    default=False,
+                    tooltip="Keep the UNet's skip tensors in RAM between its two halves, copied while it computes. "
+                    "Saves half of the memory.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="A clone with these settings; the input stays as it was.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, chunk_megabytes: int, offload_skips: bool) -> io.NodeOutput:
+        from ..exvideo_core.hosts.comfyui.memory import MemorySettings
+        from ..exvideo_core.hosts.comfyui.patch import with_memory
+
+        return io.NodeOutput(with_memory(model, MemorySettings(chunk_megabytes, offload_skips)))

@@ -85,7 +85,8 @@ def call_host(
             context=context.repeat_interleave(frames, 0),
             y=embedded.repeat_interleave(frames, 0).to(sample.dtype),
             num_video_frames=frames,
-            transformer_options={},
+            # As the host's sampler hands them over.
+            transformer_options={**model.model_options["transformer_options"], "wrappers": model.wrappers},
         )
     return out.unflatten(0, (clips, frames))
 

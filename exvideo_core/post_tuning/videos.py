@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from ..imaging import fit
+from ..video_file import VideoWriter
 from .config import ConfigError
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
@@ -142,19 +142,5 @@ def read_window(path: Path, start: int, frames: int, interval: int, width: int, 
 
 def write_video(path: Path, clip: np.ndarray, fps: int, lossless: bool = False) -> None:
     """Write uint8 frames [T, H, W, 3] as a video file, whole or not at all: H.264, or FFV1 where `lossless`."""
-    import av
-
-    codec, pixel_format, options = ("ffv1", "bgr0", {}) if lossless else ("libx264", "yuv420p", {"crf": "12"})
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
-    try:
-        with av.open(str(part), "w") as container:
-            stream = container.add_stream(codec, rate=fps)
-            stream.height, stream.width = clip.shape[1:3]
-            stream.pix_fmt = pixel_format
-            stream.options = options
-            for picture in clip:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with VideoWriter(path, fps, "ffv1 (lossless)" if lossless else "h264") as writer:
+        writer.add(clip)

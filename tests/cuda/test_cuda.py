@@ -81,3 +81,44 @@ def test_partial_loading_on_the_gpu(part: float) -> None:
     assert patched.loaded_size() < patched.model_size()
     error = svd.relative_error(call(patched, torch.float16), expected)
     assert error < 2e-3
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_call_keeps_to_its_estimate_and_its_result(offload: bool) -> None:
+    """The memory that the host is told of covers what a call takes, with skip tensors on the card or off it."""
+    from exvideo_core.hosts.comfyui.memory import MemorySettings
+    from exvideo_core.hosts.comfyui.patch import with_memory
+
+    dtype = torch.float16
+    pair = svd.make_pair(dtype)
+    patched = apply_extension(on_gpu(pair, False), pair.extension)
+    whole = call(with_memory(patched, MemorySettings(chunk_megabytes=8192)), dtype)
+    settings = MemorySettings(chunk_megabytes=4, offload_skips=offload)
+    bounded = with_memory(patched, settings)
+    assert svd.relative_error(call(bounded, dtype), whole) < 8 * torch.finfo(dtype).eps
+    frames, size = 128, 64
+    generator = torch.Generator().manual_seed(5)
+    sample = torch.randn(1, frames, 8, size, size, generator=generator).to(CUDA, dtype)
+    context = torch.randn(1, 1, svd.CONTEXT, generator=generator).to(CUDA, dtype)
+    ids = torch.tensor([[29.0, 127.0, 0.02]]).to(CUDA)
+    comfy.model_management.load_models_gpu([bounded])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = svd.call_host(bounded, sample, 0.7, context, ids)
+    needed = settings.needed([frames, 4, size, size], 64, dtype.itemsize)
+    assert result.isfinite().all()
+    assert torch.cuda.max_memory_allocated() - before < needed
+
+
+def test_offloaded_skips_arrive_in_time() -> None:
+    """Copies run beside the computation: over many calls, none is read before it is there."""
+    from exvideo_core.hosts.comfyui.memory import MemorySettings
+    from exvideo_core.hosts.comfyui.patch import with_memory
+
+    dtype = torch.float16
+    pair = svd.make_pair(dtype)
+    patched = apply_extension(on_gpu(pair, False), pair.extension)
+    kept = call(with_memory(patched, MemorySettings(chunk_megabytes=1)), dtype)
+    away = with_memory(patched, MemorySettings(chunk_megabytes=1, offload_skips=True))
+    for _ in range(20):
+        assert call(away, dtype).equal(kept)

@@ -68,7 +68,7 @@ def test_registering_imports_nothing_heavy() -> None:
     code = (
         "import sys, importlib.util, types, unittest.mock as m\n"
         "api = types.ModuleType('comfy_api.latest'); api.io = m.MagicMock(); api.ComfyExtension = object\n"
-        "api.io.ComfyNode = object\n"
+        "api.io.ComfyNode = object; api.ui = api.InputImpl = m.MagicMock()\n"
         "sys.modules['comfy_api'] = types.ModuleType('comfy_api'); sys.modules['comfy_api.latest'] = api\n"
         "sys.modules['folder_paths'] = m.MagicMock(folder_names_and_paths=m.MagicMock())\n"
         f"spec = importlib.util.spec_from_file_location('pack', {str(PACK / '__init__.py')!r}, "

@@ -188,6 +188,58 @@ def test_too_many_frames_fail_on_the_sampler_and_leave_the_server_usable(server)
     assert len(frames(server, server.run(quick()))) == 8
 
 
+def to_file(graph: dict, **inputs: object) -> dict:
+    """With the pictures written by ExVideoSaveVideo, in a folder of their own."""
+    graph = copy.deepcopy(graph)
+    graph.pop("save")
+    key, decode = next((key, node) for key, node in graph.items() if node["class_type"] == "ExVideoDecode")
+    settings = {"fps": 24, "codec": "ffv1 (lossless)", "quality": 17, "filename_prefix": "direct/clip"}
+    graph[key] = {"class_type": "ExVideoSaveVideo", "inputs": {**decode["inputs"], **settings, **inputs}}
+    return graph
+
+
+def test_a_video_is_written_as_it_is_decoded(server) -> None:
+    graph = quick()
+    shown = frames(server, server.run(graph))
+    expected = np.stack([np.frombuffer(pixels, np.uint8).reshape(64, 64, 3) for pixels in shown])
+    graph = to_file(graph)
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    (entry,) = next(output["images"] for output in result.outputs.values() if "images" in output)
+    path = server.output / entry["subfolder"] / entry["filename"]
+    assert path.name == "clip_00001_.mkv"
+    with av.open(str(path)) as container:
+        assert float(container.streams.video[0].average_rate) == 24
+        assert json.loads(container.metadata["PROMPT"]) == graph
+        found = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    # The host's SaveImage cuts the fraction off, a video rounds it.
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    path.unlink()
+
+
+def test_a_cancelled_or_failed_video_leaves_no_file(server) -> None:
+    graph = to_file(quick(frames=64, steps=1), chunk_frames=2, overlap_frames=1, codec="h264")
+    save = next(key for key, node in graph.items() if node["class_type"] == "ExVideoSaveVideo")
+    timer = []
+
+    def cancel(node: str, step: int, steps: int) -> None:
+        if node == save and step >= 5 and not timer:
+            timer.append(threading.Thread(target=server.interrupt))
+            timer[0].start()
+
+    assert server.run(graph, cancel).status == "interrupted"
+    timer[0].join()
+    assert list((server.output / "direct").iterdir()) == []
+    result = server.run(to_file(quick(), filename_prefix="../outside"))
+    assert result.status == "error" and result.error["node_type"] == "ExVideoSaveVideo"
+    assert not list(server.base.glob("outside*"))
+    assert server.run(graph).status == "success"
+    (path,) = (server.output / "direct").iterdir()
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 64
+    path.unlink()
+
+
 def test_cancelled_then_both_models_give_what_they_gave(server) -> None:
     patched, plain = frames(server, server.run(quick())), frames(server, server.run(unpatched(quick())))
     assert patched != plain

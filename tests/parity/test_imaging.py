@@ -58,7 +58,7 @@ def test_chunks_and_blending(frames: int) -> None:
     video = torch.zeros_like(expected)
     total = torch.zeros(frames, 1, 1, 1)
     for start, end in imaging.chunks(frames, 8, 4):
-        weights = imaging.blend_weights(start, end, frames).view(-1, 1, 1, 1)
+        weights = imaging.blend_weights(start, end, frames, 4, "linear").view(-1, 1, 1, 1)
         video[start:end] += Decoder().forward(latents[start:end].movedim(0, 1)).movedim(0, 1) * weights
         total[start:end] += weights
     torch.testing.assert_close(video / total, expected)

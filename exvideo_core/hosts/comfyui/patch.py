@@ -19,20 +19,24 @@ How the weights get in, and why so:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import SpatialVideoTransformer
+from comfy.patcher_extension import CallbacksMP
 
 from ... import layouts
+from ...choices import PositionMode
 from ...extension import BlockWeights, Extension
-from ...position_modes import PositionMode
-from ...positions import blended_table
-from ...temporal import blended_convolution, positional_convolution
+from ...temporal import as_picture_convolution, blended_convolution
+from .memory import MemorySettings, bounded_layers, configure, original
+from .transformer import ExtendedVideoTransformer
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -49,81 +53,6 @@ class AppliedExtension:
     frames: int
     strength: float
     positions: PositionMode
-
-
-class ExtendedVideoTransformer(SpatialVideoTransformer):
-    """An SVD transformer whose temporal block reads trained positions through a 3-D convolution.
-
-    It is a subclass because the host dispatches on the class. All submodules are the base's own, under the
-    same names; only `positional_conv` is new.
-
-    Args:
-        base: the model's transformer.
-        weights: the extension's block for it.
-        conv: 3x3x3 convolution without padding.
-        positions, strength: as in `apply_extension`.
-    """
-
-    def __init__(
-        self,
-        base: SpatialVideoTransformer,
-        weights: BlockWeights,
-        conv: torch.nn.Module,
-        positions: PositionMode,
-        strength: float,
-    ) -> None:
-        torch.nn.Module.__init__(self)  # the host's own __init__ would allocate a second set of weights
-        registries = {"_parameters", "_buffers", "_modules"}
-        self.__dict__.update({key: value for key, value in vars(base).items() if key not in registries})
-        for name, module in base.named_children():
-            self.add_module(name, module)
-        self.positional_conv = conv
-        self.position_table = weights.positions
-        self.position_mode: PositionMode = positions
-        self.position_strength = strength
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        context: torch.Tensor | None = None,
-        time_context: torch.Tensor | None = None,
-        timesteps: int | None = None,
-        image_only_indicator: torch.Tensor | None = None,
-        transformer_options: dict[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """The host transformer's contract: x [B*T, C, H, W] and context [B*T, N, D] with T = `timesteps` frames."""
-        options: dict[str, Any] = {} if transformer_options is None else transformer_options
-        height, width = x.shape[-2:]
-        frames = x.shape[0] if timesteps is None else timesteps
-        options["activations_shape"] = list(x.shape)
-        options["block_index"] = 0
-
-        tokens = self._project(self.norm(x), self.proj_in, to_tokens=True)
-        spatial = self.transformer_blocks[0](tokens, context=context, transformer_options=options)
-
-        # One key per clip, the first frame's image embedding, for every pixel's sequence of frames.
-        clip_context = (context if time_context is None else time_context)[::frames]
-        pixel_context = clip_context.repeat_interleave(height * width, dim=0)
-        table = blended_table(self.position_table, frames, self.position_mode, self.position_strength)
-        positions = self.time_pos_embed(comfy.model_management.cast_to_device(table, x.device, x.dtype))
-        sequences = positional_convolution(spatial, positions, self.positional_conv, height, width)
-        sequences = self.time_stack[0](sequences, context=pixel_context, transformer_options=options)
-        temporal = sequences.unflatten(0, (-1, height * width)).transpose(1, 2).flatten(0, 1)
-
-        mixed = self.time_mixer(x_spatial=spatial, x_temporal=temporal, image_only_indicator=image_only_indicator)
-        return x + self._project(mixed, self.proj_out, to_tokens=False, size=(height, width))
-
-    def _project(
-        self, x: torch.Tensor, layer: torch.nn.Module, to_tokens: bool, size: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        """The projections stand on the token side when they are linear, on the picture side when convolutions."""
-        if to_tokens:
-            x = x if self.use_linear else layer(x)
-            x = x.flatten(2).transpose(1, 2).contiguous()
-            return layer(x) if self.use_linear else x
-        x = layer(x) if self.use_linear else x
-        x = x.transpose(1, 2).unflatten(2, size)
-        return x if self.use_linear else layer(x)
 
 
 def apply_extension(
@@ -155,20 +84,77 @@ def apply_extension(
     if strength == 0.0:
         return patched
 
-    weight_patches: dict[str, tuple[torch.Tensor]] = {}
-    added_bytes = 0
-    for (path, base), weights in zip(transformers.items(), extension.blocks, strict=True):
-        conv = _convolution(model.model, weights, strength)
-        added_bytes += comfy.model_management.module_size(conv)
-        patched.add_object_patch(path, ExtendedVideoTransformer(base, weights, conv, positions, strength))
-        weight_patches |= {f"{path}.{name}": (tensor,) for name, tensor in weights.shared.items()}
+    applied = AppliedExtension(extension.name, extension.frames, strength, positions)
+    layers = _extended(patched, transformers, extension, applied)
+    for path, layer in (layers | bounded_layers(patched)).items():
+        patched.add_object_patch(path, layer)
+    weight_patches = {
+        f"{path}.{name}": (tensor,)
+        for path, weights in zip(transformers, extension.blocks, strict=True)
+        for name, tensor in weights.shared.items()
+    }
     patched.add_patches(weight_patches, strength_patch=strength, strength_model=1.0 - strength)
     for key in weight_patches:
         patched.patches[key].insert(0, patched.patches[key].pop())
     # The host measures a model once, from its modules, and does not see those of object patches.
-    patched.size = model.model_size() + added_bytes
-    patched.set_attachments(_ATTACHMENT, AppliedExtension(extension.name, extension.frames, strength, positions))
+    added = sum(comfy.model_management.module_size(layer.positional_conv) for layer in layers.values())
+    patched.size = model.model_size() + added
+    configure(patched, MemorySettings())
+    patched.set_attachments(_ATTACHMENT, applied)
+    patched.add_callback_with_key(CallbacksMP.ON_CLONE, _ATTACHMENT, _OwnLayers(extension, applied))
     return patched
+
+
+def with_memory(model: ModelPatcher, settings: MemorySettings) -> ModelPatcher:
+    """A clone of a model with an extension, computed in chunks of other sizes.
+
+    Raises:
+        ValueError: the model has no extension, whose layers do so.
+    """
+    if applied_extension(model) is None:
+        raise ValueError("This model has no ExVideo extension. Connect the model from ExVideo Apply.")
+    patched = model.clone()
+    configure(patched, settings)
+    return patched
+
+
+def _extended(
+    patcher: ModelPatcher,
+    transformers: Mapping[str, SpatialVideoTransformer],
+    extension: Extension,
+    applied: AppliedExtension,
+) -> dict[str, ExtendedVideoTransformer]:
+    return {
+        path: ExtendedVideoTransformer(
+            base, weights, _convolution(patcher.model, weights, applied.strength), applied.positions, applied.strength
+        )
+        for (path, base), weights in zip(transformers.items(), extension.blocks, strict=True)
+    }
+
+
+class _OwnLayers:
+    """Gives a clone with a model of its own, as the host makes them for further GPUs, layers of its own.
+
+    Its parent's layers hold the parent's weights. The host makes such a clone anew for every run, so its layers are
+    kept with its model.
+    """
+
+    def __init__(self, extension: Extension, applied: AppliedExtension) -> None:
+        self._extension, self._applied = extension, applied
+        self._made: WeakKeyDictionary[torch.nn.Module, dict[str, torch.nn.Module]] = WeakKeyDictionary()
+
+    def __call__(self, parent: ModelPatcher, clone: ModelPatcher) -> None:
+        if clone.model is parent.model:
+            return
+        if clone.model not in self._made:
+            paths = [_UNET + name for name in layouts.SVD_TRANSFORMERS]
+            bases = {path: original(clone, path) for path in paths}
+            self._made[clone.model] = {
+                **_extended(clone, bases, self._extension, self._applied),
+                **bounded_layers(clone, unpatched=True),
+            }
+        for path, layer in self._made[clone.model].items():
+            clone.add_object_patch(path, layer)
 
 
 def applied_extension(model: ModelPatcher) -> AppliedExtension | None:
@@ -203,8 +189,10 @@ def _convolution(model: comfy.model_base.BaseModel, weights: BlockWeights, stren
     channels = weights.conv_bias.shape[0]
     operations = comfy.ops.pick_operations(dtype, model.manual_cast_dtype)
     # Padding is done by the caller: one of the host's convolution paths ignores the padding mode.
-    conv = operations.Conv3d(channels, channels, 3, dtype=dtype, device="meta")
+    # Three frames' channels side by side make it a convolution of pictures, for which there are fast kernels in
+    # channels-last order. Padding is done by the caller.
+    conv = operations.Conv2d(3 * channels, channels, 3, dtype=dtype, device="meta")
     weight, bias = blended_convolution(weights.conv_weight, weights.conv_bias, strength)
-    conv.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+    conv.weight = torch.nn.Parameter(as_picture_convolution(weight.to(dtype)), requires_grad=False)
     conv.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
     return conv

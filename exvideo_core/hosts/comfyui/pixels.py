@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.clip_vision
@@ -11,6 +12,8 @@ import comfy.utils
 import torch
 
 from ... import imaging
+from ...choices import Blend
+from .decoder import decode_chunk
 
 Conditioning = list[list[Any]]
 
@@ -54,30 +57,50 @@ def _embed(clip_vision: comfy.clip_vision.ClipVisionModel, picture: torch.Tensor
     return output[2].to(comfy.model_management.intermediate_device())
 
 
-def decode(vae: comfy.sd.VAE, latents: torch.Tensor, chunk_frames: int, overlap_frames: int) -> torch.Tensor:
-    """Decode a clip in overlapped chunks of frames, blended where they overlap.
+def decoded(
+    vae: comfy.sd.VAE, latents: torch.Tensor, chunk_frames: int, overlap_frames: int, blend: Blend
+) -> Iterator[torch.Tensor]:
+    """Decode a clip in overlapped chunks of frames, blended where they overlap, and hand frames out as they are done.
 
-    Reference: `SVDVAEDecoder.decode_video`. Shows progress, and can be cancelled between chunks.
+    Reference: `SVDVAEDecoder.decode_video`, whose blend is *linear*. Holds one chunk and its overlap; shows progress,
+    and can be cancelled between chunks and layers.
 
     Args:
         latents: [T, C, H, W].
 
-    Returns:
-        [T, 8 H, 8 W, 3] in 0..1.
+    Yields:
+        the next frames in order, [n, 8 H, 8 W, 3] in 0..1.
     """
     frames = latents.shape[0]
     tasks = list(imaging.chunks(frames, chunk_frames, overlap_frames))
     progress = comfy.utils.ProgressBar(len(tasks))
-    video: torch.Tensor | None = None
-    total = torch.zeros(frames, 1, 1, 1)
-    for start, end in tasks:
+    waiting: torch.Tensor | None = None  # weighted pixels of the frames that the last chunk shares with the next
+    shares = torch.zeros(0)
+    for index, (start, end) in enumerate(tasks):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        pixels = vae.decode(latents[start:end])
-        if video is None:
-            video = torch.zeros((frames, *pixels.shape[1:]), dtype=pixels.dtype)
-        weights = imaging.blend_weights(start, end, frames).view(-1, 1, 1, 1)
-        video[start:end] += pixels.cpu() * weights.to(pixels.dtype)
-        total[start:end] += weights
+        pixels = decode_chunk(vae, latents[start:end])
+        weights = imaging.blend_weights(start, end, frames, overlap_frames, blend)
+        pixels = pixels * weights.view(-1, 1, 1, 1).to(pixels)
+        if waiting is not None:
+            pixels[: len(waiting)] += waiting
+            weights[: len(waiting)] += shares
+        done = (tasks[index + 1][0] if index + 1 < len(tasks) else frames) - start
+        yield pixels[:done].div_(weights[:done].view(-1, 1, 1, 1).to(pixels))
+        waiting, shares = pixels[done:].clone(), weights[done:]
         progress.update(1)
+
+
+def decode(
+    vae: comfy.sd.VAE, latents: torch.Tensor, chunk_frames: int, overlap_frames: int, blend: Blend
+) -> torch.Tensor:
+    """The whole clip of `decoded`, [T, 8 H, 8 W, 3] in 0..1 on the host's device for results."""
+    video: torch.Tensor | None = None
+    done = 0
+    for frames in decoded(vae, latents, chunk_frames, overlap_frames, blend):
+        if video is None:
+            device = comfy.model_management.intermediate_device()
+            video = torch.empty((latents.shape[0], *frames.shape[1:]), dtype=frames.dtype, device=device)
+        video[done : done + len(frames)] = frames
+        done += len(frames)
     assert video is not None  # a clip has at least one frame, hence one chunk
-    return video.div_(total.to(video.dtype)).to(comfy.model_management.intermediate_device())
+    return video

@@ -9,8 +9,8 @@ from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 
 from ... import layouts
+from ...choices import PositionMode
 from ...extension import BlockWeights, Extension
-from ...position_modes import PositionMode
 from ...positions import table_for
 from ...temporal import positional_convolution
 from .names import TRANSFORMERS

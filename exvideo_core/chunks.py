@@ -1,0 +1,61 @@
+"""How much is computed at once: the one place that layers ask before they cut their work into chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one call of the UNet.
+
+    Attributes:
+        chunk_bytes: what the widest intermediate of a chunk may take. A chunk is never less than one frame, or one
+            row of pixels over all frames.
+        offload_skips: keep skip tensors in host memory between the two halves of the UNet.
+    """
+
+    chunk_bytes: int
+    offload_skips: bool = False
+
+
+#: What a layer works with that is called outside of any `use`: small enough for a processor's caches.
+DEFAULT = Budget(16 * MEGABYTE)
+# A context variable, because the host runs the clones of a model on several GPUs in threads of their own.
+_current: ContextVar[Budget] = ContextVar("exvideo_budget", default=DEFAULT)
+
+
+def current() -> Budget:
+    """The budget of the call that is being computed."""
+    return _current.get()
+
+
+@contextmanager
+def use(budget: Budget) -> Iterator[None]:
+    """Everything within works with `budget`."""
+    token = _current.set(budget)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def spans(total: int, bytes_each: int, chunk_bytes: int | None = None) -> list[tuple[int, int]]:
+    """Cut `total` items into chunks of nearly equal size that stay within the budget.
+
+    Args:
+        bytes_each: widest intermediate of one item.
+        chunk_bytes: the budget's, unless given.
+
+    Returns:
+        (start, end) of each chunk, in order.
+    """
+    limit = current().chunk_bytes if chunk_bytes is None else chunk_bytes
+    most = max(limit // max(bytes_each, 1), 1)
+    count = max(-(-total // most), 1)
+    return [(total * i // count, total * (i + 1) // count) for i in range(count)]

@@ -1,0 +1,232 @@
+"""SVD's residual blocks and changes of size, in chunks of frames and, along time, of rows.
+
+The UNet's and the VAE's blocks are the same two halves: one that looks at single frames, and one that looks along time
+only, and so at single pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample, VideoResBlock
+from torch.nn import functional
+
+from ... import chunks
+from ...skips import Joined
+from .layers import Moments, normalize_activate, picture_norm
+from .resident import Affine, Resident
+
+
+def _adopt(module: torch.nn.Module, base: torch.nn.Module) -> None:
+    """Make a module of the base's own submodules and settings: the same weights, under the same names."""
+    torch.nn.Module.__init__(module)
+    registries = {"_parameters", "_buffers", "_modules"}
+    module.__dict__.update({key: value for key, value in vars(base).items() if key not in registries})
+    for name, child in base.named_children():
+        module.add_module(name, child)
+
+
+def _channels_last(shape: Sequence[int], like: torch.Tensor | Joined) -> torch.Tensor:
+    """An empty [N, C, H, W] whose memory is [N, H, W, C]."""
+    count, channels, height, width = shape
+    return torch.empty(count, height, width, channels, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
+
+
+class Chunked(Protocol):
+    """Pictures [N, C, H, W] that are read by frames, in order."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def chunks(self, spans: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """The frames of each span, channels last."""
+        ...
+
+
+class Enlarged:
+    """Pictures at another size (nearest neighbours) behind a 3x3 convolution, computed as they are read."""
+
+    def __init__(self, x: torch.Tensor, conv: torch.nn.Conv2d, size: tuple[int, int]) -> None:
+        self._x, self._affine, self._size = x, Resident(x)(conv), size
+        self.shape = torch.Size((x.shape[0], conv.out_channels, *size))
+        self.device, self.dtype = x.device, x.dtype
+
+    def chunks(self, spans: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        for start, end in spans:
+            part = self._x[start:end].contiguous(memory_format=torch.channels_last)
+            large = functional.interpolate(part, size=self._size, mode="nearest")
+            yield functional.conv2d(large, *self._affine, padding=1)
+
+
+def frames_residual(
+    x: Chunked,
+    first: tuple[torch.nn.GroupNorm, torch.nn.Conv2d],
+    second: tuple[torch.nn.GroupNorm, torch.nn.Conv2d],
+    shortcut: torch.nn.Conv2d | None,
+    shift: torch.Tensor | None,
+    weights: Resident,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x + conv(silu(norm(conv(silu(norm(x))) + shift))), frame by frame.
+
+    Args:
+        x: [N, C, H, W].
+        first, second: norm and convolution.
+        shortcut: 1x1 convolution of x, where C' is not C.
+        shift: added between the two [N, C'].
+        out: where the result is written, channels last; may be what `x` reads from.
+
+    Returns:
+        [N, C', H, W], channels last.
+    """
+    count, channels, height, width = x.shape
+    widest = max(channels, second[1].out_channels)
+    if out is None:
+        out = _channels_last((count, second[1].out_channels, height, width), x)
+    spans = chunks.spans(count, height * width * 3 * widest * out.element_size())
+    for (start, end), part in zip(spans, x.chunks(spans), strict=True):
+        hidden = _activated_convolution(part, *first, weights)
+        if shift is not None:
+            hidden.add_(shift[start:end, :, None, None])
+        hidden = _activated_convolution(hidden, *second, weights)
+        if shortcut is not None:
+            part = functional.conv2d(part, *weights(shortcut))
+        torch.add(hidden, part, out=out[start:end])
+    return out
+
+
+def _activated_convolution(
+    x: torch.Tensor, norm: torch.nn.GroupNorm, conv: torch.nn.Conv2d, weights: Resident
+) -> torch.Tensor:
+    normed = picture_norm(x, norm, weights)
+    return functional.conv2d(functional.silu(normed, inplace=True), *weights(conv), padding=1)
+
+
+def add_time_residual(
+    x: torch.Tensor,
+    stack: ResBlock,
+    frames: int,
+    shift: torch.Tensor | None,
+    share: torch.Tensor,
+    weights: Resident,
+    keep: bool = True,
+) -> None:
+    """x += share * f(x), in place, f being a temporal block without its own sum.
+
+    The host mixes a x + (1 - a)(x + f(x)), which is x + (1 - a) f(x).
+
+    Args:
+        x: [B*T, C, H, W], channels last.
+        stack: the block: group norms over all frames, and 3x1x1 convolutions.
+        shift: added between the two convolutions [B*T, C].
+        share: broadcast against [B, T, P, C].
+        keep: hold what lies between the two convolutions, a tensor of x's size, while its moments are gathered;
+            else it is computed twice.
+    """
+    (norm_in, _, conv_in), (norm_out, _, _, conv_out) = stack.in_layers, stack.out_layers
+    count, channels, height, width = x.shape
+    clips = x.permute(0, 2, 3, 1).unflatten(0, (-1, frames))  # [B, T, H, W, C]
+    moments = Moments(norm_in.num_groups)
+    for start, end in chunks.spans(frames, count // frames * height * width * channels * 4):
+        moments.add(clips[:, start:end].flatten(2, 3))
+    given = moments.of_channels(channels)
+
+    def first_half(start: int, end: int) -> torch.Tensor:
+        active = normalize_activate(clips[:, :, start:end].flatten(2, 3), given, norm_in, weights)
+        changed = _along_time(active, weights(conv_in))
+        return changed if shift is None else changed.add_(shift.unflatten(0, (-1, frames))[:, :, None])
+
+    hidden = torch.empty(clips.shape, dtype=x.dtype, device=x.device) if keep else None
+    spans = chunks.spans(height, count * width * channels * x.element_size() * 3)
+    moments = Moments(norm_out.num_groups)
+    for start, end in spans:
+        changed = first_half(start, end)
+        moments.add(changed)
+        if hidden is not None:
+            hidden[:, :, start:end] = changed.unflatten(2, (-1, width))
+    between = moments.of_channels(channels)
+    for start, end in spans:
+        part = first_half(start, end) if hidden is None else hidden[:, :, start:end].flatten(2, 3)
+        active = normalize_activate(part, between, norm_out, weights)
+        changed = _along_time(active, weights(conv_out)).mul_(share)
+        clips[:, :, start:end].add_(changed.unflatten(2, (-1, width)))
+
+
+def _along_time(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+    """A 3x1x1 convolution, zeros beyond the ends. x: [B, T, P, C] -> [B, T, P, C']."""
+    weight, bias = affine
+    return functional.conv2d(x.permute(0, 3, 1, 2), weight.squeeze(-1), bias, padding=(1, 0)).permute(0, 2, 3, 1)
+
+
+class BoundedResBlock(VideoResBlock):
+    """The host's `VideoResBlock` with bounded intermediates; its input may be a `Joined`."""
+
+    def __init__(self, base: VideoResBlock) -> None:
+        _adopt(self, base)
+
+    def forward(
+        self,
+        x: torch.Tensor | Joined,
+        emb: torch.Tensor,
+        num_video_frames: int,
+        image_only_indicator: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [B*T, C, H, W], emb [B*T, E] -> [B*T, C', H, W], channels last."""
+        weights = Resident(emb)
+        active = functional.silu(emb)
+        (norm_in, _, conv_in), (norm_out, _, _, conv_out) = self.in_layers, self.out_layers
+        shortcut = None if isinstance(self.skip_connection, torch.nn.Identity) else self.skip_connection
+        shift = functional.linear(active, *weights(self.emb_layers[1]))
+        joined = x if isinstance(x, Joined) else Joined([x])
+        out = frames_residual(joined, (norm_in, conv_in), (norm_out, conv_out), shortcut, shift, weights)
+        if joined is x:
+            joined.release()
+        share = (1.0 - self.time_mixer.get_alpha(image_only_indicator, out.device)).to(out.dtype)
+        share = share.squeeze(1) if share.ndim == 5 else share  # [B, 1, T, 1, 1] -> [B, T, 1, 1]
+        shift = functional.linear(active, *weights(self.time_stack.emb_layers[1]))
+        add_time_residual(out, self.time_stack, num_video_frames, shift, share, weights)
+        return out
+
+
+class BoundedUpsample(Upsample):
+    """The host's `Upsample`, frame by frame."""
+
+    def __init__(self, base: Upsample) -> None:
+        _adopt(self, base)
+
+    def forward(self, x: torch.Tensor, output_shape: torch.Size | None = None) -> torch.Tensor:
+        """x [N, C, H, W] -> [N, C', 2 H, 2 W] or the size of `output_shape`, channels last."""
+        height, width = x.shape[-2:]
+        size = (2 * height, 2 * width) if output_shape is None else (output_shape[-2], output_shape[-1])
+        large = Enlarged(x, self.conv, size)
+        out = _channels_last(large.shape, x)
+        spans = chunks.spans(len(x), math.prod(size) * x.shape[1] * x.element_size() * 2)
+        for (start, end), part in zip(spans, large.chunks(spans), strict=True):
+            out[start:end] = part
+        return out
+
+
+class BoundedDownsample(Downsample):
+    """The host's `Downsample`, frame by frame."""
+
+    def __init__(self, base: Downsample) -> None:
+        _adopt(self, base)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] -> [N, C', H/2, W/2], channels last."""
+        count, channels, height, width = x.shape
+        weights = Resident(x)
+        out = _channels_last((count, self.out_channels, (height + 1) // 2, (width + 1) // 2), x)
+        for start, end in chunks.spans(count, height * width * channels * x.element_size() * 2):
+            part = x[start:end].contiguous(memory_format=torch.channels_last)
+            out[start:end] = functional.conv2d(part, *weights(self.op), stride=2, padding=1)
+        return out

@@ -1,0 +1,99 @@
+"""Writes video files frame by frame, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .choices import CODECS
+
+if TYPE_CHECKING:
+    import av
+    import numpy as np
+
+
+_BT709 = 1  # FFmpeg's number for it, as primaries, transfer and matrix
+
+
+class VideoWriter:
+    """A video file in the making, as a context: it appears under its name when all frames are in it.
+
+    Where the block is left by an error, or the process is killed, there is no file of that name; after an error there
+    is no part of one either.
+
+    Args:
+        path: the file; its suffix has to be the codec's.
+        fps: frames per second.
+        codec: key of `CODECS`.
+        quality: constant rate factor, 0 to 51 (vp9: to 63).
+        metadata: texts that the container carries.
+
+    Raises:
+        ValueError: frames of another size than the first, or of a size that the codec cannot hold.
+    """
+
+    def __init__(
+        self, path: Path, fps: int, codec: str = "h264", quality: int = 12, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self._part = path.with_name(f".{path.stem}.part{path.suffix}")
+        self._codec, self._fps, self._quality = CODECS[codec], fps, quality
+        self._metadata = dict(metadata or {})
+        self._container: Any = None
+        self._stream: av.VideoStream | None = None
+        self._size: tuple[int, int] | None = None
+
+    def __enter__(self) -> VideoWriter:
+        import av
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"movflags": "use_metadata_tags+faststart"} if self.path.suffix == ".mp4" else {}
+        self._container = av.open(str(self._part), "w", container_options=options)
+        self._container.metadata.update(self._metadata)
+        return self
+
+    def add(self, frames: np.ndarray) -> None:
+        """Append frames, uint8 [N, H, W, 3], contiguous."""
+        import av
+        from av.video.reformatter import Colorspace
+
+        if self._stream is None:
+            self._begin(frames.shape[1], frames.shape[2])
+        if frames.shape[1:3] != self._size:
+            raise ValueError(f"Frames of {frames.shape[2]}x{frames.shape[1]} pixels do not fit into {self.path.name}.")
+        assert self._stream is not None
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if self._codec.pixel_format.startswith("yuv"):
+                frame = frame.reformat(format=self._codec.pixel_format, dst_colorspace=Colorspace.ITU709)
+            self._container.mux(self._stream.encode(frame))
+
+    def _begin(self, height: int, width: int) -> None:
+        if self._codec.pixel_format == "yuv420p" and (height % 2 or width % 2):
+            raise ValueError(f"{self._codec.encoder} cannot hold {width}x{height} pixels: both have to be even.")
+        if min(height, width) < self._codec.smallest:
+            smallest = f"{self._codec.smallest}x{self._codec.smallest}"
+            raise ValueError(f"{self._codec.encoder} needs at least {smallest} pixels; these are {width}x{height}.")
+        stream = self._container.add_stream(self._codec.encoder, rate=self._fps)
+        stream.height, stream.width = self._size = (height, width)
+        stream.pix_fmt = self._codec.pixel_format
+        stream.options = {name: value.format(quality=self._quality) for name, value in self._codec.options.items()}
+        if self._codec.pixel_format.startswith("yuv"):
+            context = stream.codec_context
+            context.color_primaries = context.color_trc = context.colorspace = _BT709
+        self._stream = stream
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+            if kind is None and self._stream is not None:
+                os.replace(self._part, self.path)
+        finally:
+            self._part.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""A node that decodes straight into a video file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import folder_paths
+from comfy_api.latest import InputImpl, io, ui
+
+from ..exvideo_core.choices import CODECS, Blend
+from .latents import blend_input, check_chunks, decoder_inputs
+
+if TYPE_CHECKING:
+    from comfy.sd import VAE
+
+
+class ExVideoSaveVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExVideoSaveVideo",
+            display_name="ExVideo Decode and Save Video",
+            category="ExVideo",
+            description="Decodes a clip straight into a video file, chunk by chunk: however long it is, its frames "
+            "never lie in memory together. The pictures are those of ExVideo Decode.",
+            inputs=[
+                *decoder_inputs(),
+                io.Int.Input("fps", default=30, min=1, max=240, tooltip="Frames per second of the video."),
+                io.Combo.Input(
+                    "codec",
+                    options=list(CODECS),
+                    default="h264",
+                    tooltip="h264 plays everywhere; h265 and vp9 are smaller; ffv1 keeps every pixel as it is.",
+                ),
+                io.Int.Input(
+                    "quality",
+                    default=17,
+                    min=0,
+                    max=51,
+                    tooltip="Constant rate factor: lower is better and larger. ffv1 does not use it.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/ExVideo",
+                    tooltip="Where in the output folder, and how the file's name begins.",
+                ),
+                blend_input(),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            outputs=[io.Video.Output(display_name="video", tooltip="The saved video.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, chunk_frames: int, overlap_frames: int) -> bool | str:
+        return check_chunks(chunk_frames, overlap_frames)
+
+    @classmethod
+    def execute(
+        cls,
+        vae: VAE,
+        latent: dict[str, Any],
+        chunk_frames: int,
+        overlap_frames: int,
+        fps: int,
+        codec: str,
+        quality: int,
+        filename_prefix: str,
+        blend: Blend = "smooth",
+    ) -> io.NodeOutput:
+        from ..exvideo_core.hosts.comfyui.pixels import decoded
+        from ..exvideo_core.video_file import VideoWriter
+
+        samples = latent["samples"]
+        height, width = samples.shape[-2] * 8, samples.shape[-1] * 8
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory(), width, height
+        )
+        path = Path(folder) / f"{name}_{counter:05}_{CODECS[codec].suffix}"
+        with VideoWriter(path, fps, codec, quality, cls._metadata()) as writer:
+            for frames in decoded(vae, samples, chunk_frames, overlap_frames, blend):
+                writer.add((frames * 255).round().clamp(0, 255).byte().cpu().numpy())
+        saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([saved]))
+
+    @classmethod
+    def _metadata(cls) -> dict[str, str]:
+        """The graph, as the host's own nodes store it, unless the user has switched that off."""
+        from comfy.cli_args import args
+
+        if args.disable_metadata:
+            return {}
+        found = dict(cls.hidden.extra_pnginfo or {})
+        if cls.hidden.prompt is not None:
+            found["prompt"] = cls.hidden.prompt
+        return {key: json.dumps(value) for key, value in found.items()}

@@ -1,0 +1,130 @@
+"""Decoding: the host's decoder on the same frames, whatever memory is free; and straight into a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import pytest
+import torch
+
+import svd
+from exvideo_core import chunks
+from exvideo_core.choices import CODECS, Blend
+from exvideo_core.hosts.comfyui import decoder, pixels
+from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+from runner.hosts import PACK
+from small_model import recipe, world
+
+
+@pytest.fixture(scope="module")
+def vae(small_models):
+    return load_checkpoint(str(small_models[0]))[2]
+
+
+def latents(frames: int, height: int = 8, width: int = 12) -> torch.Tensor:
+    return torch.randn(frames, 4, height, width, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def test_a_chunk_is_what_the_hosts_decoder_makes_of_it(vae, monkeypatch) -> None:
+    given = latents(5)
+    expected = ((vae.first_stage_model.decode(given) + 1) / 2).clamp(0, 1).movedim(1, -1)
+    for size in (1, 100_003, 2**40):
+        monkeypatch.setattr(decoder, "_BUDGET", chunks.Budget(size))
+        assert svd.relative_error(decoder.decode_chunk(vae, given), expected) < 2e-6
+
+
+def test_free_memory_does_not_change_the_pictures(vae, monkeypatch) -> None:
+    given = latents(13)
+    found = []
+    for free in (1, 2**40):
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, f=free, **__: f)
+        found.append(pixels.decode(vae, given, 8, 4, "smooth"))
+    assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize("blend", ["smooth", "linear"])
+@pytest.mark.parametrize(("frames", "size", "overlap"), [(1, 8, 4), (8, 8, 4), (13, 8, 4), (13, 5, 4), (9, 3, 0)])
+def test_chunks_are_blended_as_weighted_sums(vae, frames, size, overlap, blend) -> None:
+    """Every chunk times its weights, summed and divided by their sum; frames come out once and in order."""
+    from exvideo_core import imaging
+
+    given = latents(frames)
+    total, weight = 0.0, torch.zeros(frames, 1, 1, 1)
+    for start, end in imaging.chunks(frames, size, overlap):
+        shares = imaging.blend_weights(start, end, frames, overlap, blend).view(-1, 1, 1, 1)
+        part = torch.zeros(frames, 64, 96, 3)
+        part[start:end] = decoder.decode_chunk(vae, given[start:end]) * shares
+        total = total + part
+        weight[start:end] += shares
+    torch.testing.assert_close(pixels.decode(vae, given, size, overlap, blend), total / weight, rtol=0, atol=1e-5)
+
+
+def pan(picture: str) -> torch.Tensor:
+    """A picture panned across the frame, [96, 64, 64, 3]: a photograph, or one that the small VAE was trained on."""
+    import numpy as np
+    from PIL import Image
+
+    if picture == "photograph":
+        with Image.open(PACK / "examples" / "astronaut.jpg") as file:
+            wide = np.asarray(file.convert("RGB").resize((256, 256)), np.float32)[96:160] / 255
+    else:
+        wide = np.concatenate([world.render(world.sample(world.HELD_OUT), 1)[0]] * 5, axis=1).astype(np.float32)
+    return torch.from_numpy(np.stack([wide[:, 2 * step : 2 * step + 64] for step in range(96)]))
+
+
+@pytest.mark.parametrize("picture", ["photograph", "shapes"])
+def test_no_seam_shows_between_chunks(picture: str) -> None:
+    """Through the trained VAE: at borders of chunks, frames differ by as much as elsewhere."""
+    vae = load_checkpoint(str(recipe.CHECKPOINT))[2]
+    given = vae.encode(pan(picture))
+
+    def steps(clip: torch.Tensor) -> torch.Tensor:
+        return (clip[1:] - clip[:-1]).abs().mean(dim=(1, 2, 3))
+
+    whole = steps(pixels.decode(vae, given, 96, 0, "smooth"))
+
+    def at_worst(size: int, overlap: int, blend: Blend) -> float:
+        """Largest mean step of a place in the pattern of chunks over that of all, the clip's own motion taken out."""
+        found = steps(pixels.decode(vae, given, size, overlap, blend))
+        stride = size - overlap
+        places = torch.stack([found[at::stride].mean() / whole[at::stride].mean() for at in range(stride)])
+        return (places.max() / places.mean()).item()
+
+    smooth, linear = at_worst(24, 12, "smooth"), at_worst(8, 4, "linear")
+    print(f"{picture}: smooth {smooth:.2f}, the reference's {linear:.2f}")
+    assert smooth < 1.05
+    assert linear > 1.15  # what it would be seen by
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    import av
+    import numpy as np
+
+    from exvideo_core.video_file import VideoWriter
+
+    clip = np.random.default_rng(0).integers(0, 256, (6, 64, 80, 3), dtype=np.uint8)
+    for name, codec in CODECS.items():
+        path = tmp_path / f"clip{codec.suffix}"
+        with VideoWriter(path, 30, name, 10, {"prompt": '{"a": 1}'}) as writer:
+            writer.add(clip[:2])
+            writer.add(clip[2:])
+            assert not path.exists()
+        with av.open(str(path)) as container:
+            found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert container.streams.video[0].average_rate == 30
+        assert len(found) == 6
+        if "lossless" in name:
+            assert np.array_equal(np.stack(found), clip)
+        path.unlink()
+    with pytest.raises(RuntimeError, match="cancelled"), VideoWriter(tmp_path / "clip.mp4", 30) as writer:
+        writer.add(clip)
+        raise RuntimeError("cancelled")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="even"), VideoWriter(tmp_path / "clip.mp4", 30) as writer:
+        writer.add(clip[:, :63])
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="at least 64x64"), VideoWriter(tmp_path / "clip.mp4", 30, "h265") as writer:
+        writer.add(clip[:, :, :48])
+    assert list(tmp_path.iterdir()) == []
