@@ -1,12 +1,13 @@
 """Time and memory of one UNet call as clips grow, each length in a process of its own.
 
+Memory is that of tensors alive on a CPU, which the system's habits do not blur, and PyTorch's own count on a GPU.
+
 python run.py bench growth [--size 8] [--width narrow] [--frames 16 32 64 128 256 512]
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import subprocess
@@ -16,7 +17,8 @@ import time
 import torch
 
 from . import report
-from .memory import MIB, Resident
+from .live_bytes import LiveBytes
+from .memory import MIB
 
 
 def main() -> int:
@@ -49,8 +51,8 @@ def _measure(frames: int, size: int, width: str, repeats: int) -> dict[str, floa
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
     patched = unets.ours(unets.random_weights(width, frames, dtype))
     given = unets.Inputs.random(frames, size, dtype)
-    gc.collect()
-    with Resident() as resident:
+    with LiveBytes() as counter:
+        counter.ignore([list(patched.model.parameters()), vars(given)])
         unets.call_ours(patched, given)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -62,7 +64,7 @@ def _measure(frames: int, size: int, width: str, repeats: int) -> dict[str, floa
         unets.call_ours(patched, given)
         unets.synchronize()
         times.append(time.perf_counter() - began)
-    peak = resident.peak - resident.before
+    peak = counter.peak
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() - before
     return {"seconds": statistics.median(times), "peak_mib": peak / MIB}

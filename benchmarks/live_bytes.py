@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive, without computing any: for calls too large for the machine."""
+"""Counts the bytes of tensors that are alive; in a `FakeTensorMode`, of calls too large for the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operators make, inside a `FakeTensorMode`.
+    """Follows the storages that operators make.
 
     Attributes:
         now, peak: bytes alive now, and at most so far. What existed before is not counted.

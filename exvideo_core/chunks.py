@@ -24,8 +24,9 @@ class Budget:
     offload_skips: bool = False
 
 
-#: What a layer works with that is called outside of any `use`: small enough for a processor's caches.
-DEFAULT = Budget(16 * MEGABYTE)
+#: What a layer works with on a CPU, and outside of any `use`. Smaller chunks spend their time on small calls, larger
+#: ones on memory that the system has to clear.
+DEFAULT = Budget(32 * MEGABYTE)
 # A context variable, because the host runs the clones of a model on several GPUs in threads of their own.
 _current: ContextVar[Budget] = ContextVar("exvideo_budget", default=DEFAULT)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
 
 def reflect_pad(x: torch.Tensor) -> torch.Tensor:
@@ -21,7 +22,7 @@ def reflect_pad(x: torch.Tensor) -> torch.Tensor:
     """
     if x.requires_grad and torch.is_grad_enabled() and min(x.shape[1:4]) > 1:
         # torch's own gradient is 20 times faster than that of the copies below, whose forward is the faster one.
-        channels_first = torch.nn.functional.pad(x.permute(0, 4, 1, 2, 3), (1,) * 6, mode="reflect")
+        channels_first = functional.pad(x.permute(0, 4, 1, 2, 3), (1,) * 6, mode="reflect")
         return channels_first.permute(0, 2, 3, 4, 1)
     batch, frames, height, width, channels = x.shape
     padded = x.new_empty(batch, frames + 2, height + 2, width + 2, channels)
@@ -60,13 +61,10 @@ def positional_convolution(
     return convolved.permute(0, 3, 4, 2, 1).reshape(-1, frames, channels)
 
 
-def row_slab(
+def padded_rows(
     clips: torch.Tensor, start: int, end: int, above: torch.Tensor | None, positions: torch.Tensor
 ) -> torch.Tensor:
-    """What the 3x3x3 convolution reads to compute some rows, as pictures for a 3x3 one.
-
-    Frames are padded with their reflection, as by `reflect_pad`, and each one comes with its neighbours' channels
-    beside its own, in the order of `as_picture_convolution`.
+    """What the 3x3x3 convolution reads to compute some rows: positions added, borders reflected as by `reflect_pad`.
 
     Args:
         clips: [B, T, H, W, C]; rows before `start` are not read.
@@ -75,23 +73,38 @@ def row_slab(
         positions: projected frame positions, added to every row [T, C].
 
     Returns:
-        [B*T, 3 C, end - start + 2, W + 2], channels last in memory.
+        [B, T' + 2, end - start + 2, W + 2, C], T' being T rounded up to a multiple of four: zeros beyond T + 2.
     """
     batch, frames, height, width, channels = clips.shape
-    padded = clips.new_empty(batch, frames + 2, end - start + 2, width + 2, channels)
-    inner = padded[:, 1:-1, :, 1:-1]
+    spare = -frames % 4
+    padded = clips.new_empty(batch, frames + spare + 2, end - start + 2, width + 2, channels)
+    inner = padded[:, 1 : frames + 1, :, 1:-1]
     shift = positions[:, None]
     torch.add(clips[:, :, start:end], shift[:, None], out=inner[:, :, 1:-1])
     torch.add(clips[:, :, min(1, height - 1)] if above is None else above, shift, out=inner[:, :, 0])
     below = end if end < height else max(height - 2, 0)
     from_above = below < start and above is not None
     torch.add(above if from_above else clips[:, :, below], shift, out=inner[:, :, -1])
-    padded[:, 1:-1, :, 0] = padded[:, 1:-1, :, min(2, width)]
-    padded[:, 1:-1, :, -1] = padded[:, 1:-1, :, max(width - 1, 1)]
+    padded[:, 1 : frames + 1, :, 0] = padded[:, 1 : frames + 1, :, min(2, width)]
+    padded[:, 1 : frames + 1, :, -1] = padded[:, 1 : frames + 1, :, max(width - 1, 1)]
     padded[:, 0] = padded[:, min(2, frames)]
-    padded[:, -1] = padded[:, max(frames - 1, 1)]
-    pictures = torch.cat([padded[:, k : k + frames] for k in range(3)], dim=-1)
-    return pictures.flatten(0, 1).permute(0, 3, 1, 2)
+    padded[:, frames + 1] = padded[:, max(frames - 1, 1)]
+    padded[:, frames + 2 :] = 0
+    return padded
+
+
+def convolve_padded(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, frames: int) -> torch.Tensor:
+    """The 3x3x3 convolution of `padded_rows`, as one of pictures with their neighbours' channels beside their own.
+
+    Args:
+        weight: of `as_picture_convolution`.
+
+    Returns:
+        [B, frames, rows, W, C'].
+    """
+    pictures = torch.cat([padded[:, k : k + frames] for k in range(3)], dim=-1).flatten(0, 1)
+    convolved = functional.conv2d(pictures.permute(0, 3, 1, 2), weight, bias)
+    return convolved.permute(0, 2, 3, 1).unflatten(0, (-1, frames))
 
 
 def as_picture_convolution(weight: torch.Tensor) -> torch.Tensor:

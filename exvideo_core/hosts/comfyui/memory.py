@@ -49,7 +49,7 @@ class MemorySettings:
         if self.chunk_megabytes:
             size = self.chunk_megabytes * chunks.MEGABYTE
         elif device.type == "cpu":
-            size = chunks.DEFAULT.chunk_bytes  # a processor is fastest in its caches, however much memory is free
+            size = chunks.DEFAULT.chunk_bytes  # however much memory is free
         else:
             free = int(comfy.model_management.get_free_memory(device))
             size = min(max(free // 16, 32 * chunks.MEGABYTE), 512 * chunks.MEGABYTE)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ... import chunks
 from ...skips import Joined
-from .layers import Moments, normalize_activate, picture_norm
+from .layers import Moments, convolve_pictures, normalize_activate, picture_norm
 from .resident import Affine, Resident
 
 
@@ -56,7 +56,7 @@ class Enlarged:
     """Pictures at another size (nearest neighbours) behind a 3x3 convolution, computed as they are read."""
 
     def __init__(self, x: torch.Tensor, conv: torch.nn.Conv2d, size: tuple[int, int]) -> None:
-        self._x, self._affine, self._size = x, Resident(x)(conv), size
+        self._x, self._conv, self._size, self._weights = x, conv, size, Resident(x)
         self.shape = torch.Size((x.shape[0], conv.out_channels, *size))
         self.device, self.dtype = x.device, x.dtype
 
@@ -64,7 +64,7 @@ class Enlarged:
         for start, end in spans:
             part = self._x[start:end].contiguous(memory_format=torch.channels_last)
             large = functional.interpolate(part, size=self._size, mode="nearest")
-            yield functional.conv2d(large, *self._affine, padding=1)
+            yield convolve_pictures(large, self._conv, self._weights)
 
 
 def frames_residual(
@@ -108,7 +108,7 @@ def _activated_convolution(
     x: torch.Tensor, norm: torch.nn.GroupNorm, conv: torch.nn.Conv2d, weights: Resident
 ) -> torch.Tensor:
     normed = picture_norm(x, norm, weights)
-    return functional.conv2d(functional.silu(normed, inplace=True), *weights(conv), padding=1)
+    return convolve_pictures(functional.silu(normed, inplace=True), conv, weights)
 
 
 def add_time_residual(
