@@ -30,19 +30,15 @@ NARROWEST = 128
 
 
 def pays(x: torch.Tensor, out_channels: int, length: int) -> bool:
-    """Whether the axis of `length` is worth it.
+    """Whether the axis of `length` is worth it. Never a matter of how many there are of it: chunks of a layer are all
+    computed in the same way, and so is the whole.
 
     Args:
-        x: what is convolved, channels in dimension 1 or last; only device, type and size are read.
+        x: what is convolved; only its device and type are read.
     """
-    whole = 4 * -(-length // 4)
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and out_channels >= NARROWEST
-        and x.numel() >= NARROWEST * 1024
-        and whole <= 1.25 * length
-    )
+    computed = 4 * -(-length // 4)
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return on_cpu and out_channels >= NARROWEST and computed <= 1.25 * length
 
 
 def transformed(weight: torch.Tensor, dim: int) -> list[torch.Tensor]:

@@ -108,6 +108,20 @@ def test_half_precision_in_chunks(dtype, monkeypatch) -> None:
     assert svd.relative_error(parts, whole) < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_128_frames_in_half_precision_stay_finite(dtype) -> None:
+    half = svd.make_pair(dtype)
+    generator = torch.Generator().manual_seed(5)
+    sample = torch.randn(1, 128, 8, 8, 8, generator=generator)
+    context, ids = inputs(1)[1:]
+    model = apply_extension(half.base, half.extension)
+    found = svd.call_host(model, sample.to(dtype), 0.7, context.to(dtype), ids)
+    assert found.isfinite().all()
+    whole = svd.make_pair(torch.float32)
+    expected = svd.call_host(apply_extension(whole.base, whole.extension), sample, 0.7, context, ids)
+    assert svd.relative_error(found, expected) < 4 * torch.finfo(dtype).eps
+
+
 def test_offloaded_skips_change_nothing(patched, monkeypatch) -> None:
     kept = call_within(BUDGETS[1], patched, 1, monkeypatch)
     away = chunks.Budget(BUDGETS[1].chunk_bytes, offload_skips=True)

@@ -188,9 +188,8 @@ def _convolution(model: comfy.model_base.BaseModel, weights: BlockWeights, stren
         dtype = model.manual_cast_dtype or weights.conv_weight.dtype
     channels = weights.conv_bias.shape[0]
     operations = comfy.ops.pick_operations(dtype, model.manual_cast_dtype)
-    # Padding is done by the caller: one of the host's convolution paths ignores the padding mode.
     # Three frames' channels side by side make it a convolution of pictures, for which there are fast kernels in
-    # channels-last order. Padding is done by the caller.
+    # channels-last order. Padding is done by the caller: one of the host's convolution paths ignores the padding mode.
     conv = operations.Conv2d(3 * channels, channels, 3, dtype=dtype, device="meta")
     weight, bias = blended_convolution(weights.conv_weight, weights.conv_bias, strength)
     conv.weight = torch.nn.Parameter(as_picture_convolution(weight.to(dtype)), requires_grad=False)
