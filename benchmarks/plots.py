@@ -57,7 +57,8 @@ def memory() -> None:
             shown = [row for row in rows if row["picture"] == picture][::-1]
             bars = axis.barh([row["who"] for row in shown], [row["peak_gib"] for row in shown])
             axis.bar_label(bars, fmt="%.1f", padding=3)
-            axis.set_title(f"{picture}, {shown[0]['frames']} frames: GiB beside the weights")
+            axis.set_title(f"{picture}, {shown[0]['frames']} frames")
+            axis.set_xlabel("GiB beside the weights")
             axis.margins(x=0.15)
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(target, dpi=110)
