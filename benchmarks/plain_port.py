@@ -9,6 +9,7 @@ import torch
 from comfy.ldm.modules.attention import SpatialVideoTransformer
 
 from exvideo_core.extension import BlockWeights, Extension
+from exvideo_core.hosts.comfyui.layers import adopt
 from exvideo_core.hosts.comfyui.patch import find_transformers
 from exvideo_core.temporal import positional_convolution
 
@@ -17,11 +18,7 @@ class PlainTransformer(SpatialVideoTransformer):
     """The host's transformer, its temporal block behind the positions and the 3-D convolution."""
 
     def __init__(self, base: SpatialVideoTransformer, weights: BlockWeights) -> None:
-        torch.nn.Module.__init__(self)
-        registries = {"_parameters", "_buffers", "_modules"}
-        self.__dict__.update({key: value for key, value in vars(base).items() if key not in registries})
-        for name, module in base.named_children():
-            self.add_module(name, module)
+        adopt(self, base)
         like = base.norm.weight
         self.table = torch.nn.Parameter(weights.positions.to(like), requires_grad=False)
         channels = weights.conv_bias.shape[0]

@@ -31,11 +31,6 @@ DEFAULT = Budget(32 * MEGABYTE)
 _current: ContextVar[Budget] = ContextVar("exvideo_budget", default=DEFAULT)
 
 
-def current() -> Budget:
-    """The budget of the call that is being computed."""
-    return _current.get()
-
-
 @contextmanager
 def use(budget: Budget) -> Iterator[None]:
     """Everything within works with `budget`."""
@@ -46,17 +41,15 @@ def use(budget: Budget) -> Iterator[None]:
         _current.reset(token)
 
 
-def spans(total: int, bytes_each: int, chunk_bytes: int | None = None) -> list[tuple[int, int]]:
+def spans(total: int, bytes_each: int) -> list[tuple[int, int]]:
     """Cut `total` items into chunks of nearly equal size that stay within the budget.
 
     Args:
         bytes_each: widest intermediate of one item.
-        chunk_bytes: the budget's, unless given.
 
     Returns:
         (start, end) of each chunk, in order.
     """
-    limit = current().chunk_bytes if chunk_bytes is None else chunk_bytes
-    most = max(limit // max(bytes_each, 1), 1)
+    most = max(_current.get().chunk_bytes // max(bytes_each, 1), 1)
     count = max(-(-total // most), 1)
     return [(total * i // count, total * (i + 1) // count) for i in range(count)]

@@ -43,9 +43,8 @@ def pays(x: torch.Tensor, out_channels: int, length: int) -> bool:
 
 def transformed(weight: torch.Tensor, dim: int) -> list[torch.Tensor]:
     """The six filters of one whose three taps lie along `dim`, which is gone from them."""
-    taps = torch.tensor(_TAPS, dtype=weight.dtype, device=weight.device)
     parts = weight.unbind(dim)
-    return [sum(factor * part for factor, part in zip(row, parts, strict=True) if factor) for row in taps.tolist()]
+    return [sum(factor * part for factor, part in zip(row, parts, strict=True) if factor) for row in _TAPS]
 
 
 def _inputs(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:

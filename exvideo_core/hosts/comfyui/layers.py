@@ -19,6 +19,18 @@ _REPLACED = ("attn1", "attn2")
 _FEED_FORWARD_TOKENS = 1024
 
 
+def adopt(module: torch.nn.Module, base: torch.nn.Module) -> None:
+    """Make a module of the base's own submodules and settings: the same weights, under the same names.
+
+    Its class's own `__init__` would allocate a second set of weights.
+    """
+    torch.nn.Module.__init__(module)
+    registries = {"_parameters", "_buffers", "_modules"}
+    module.__dict__.update({key: value for key, value in vars(base).items() if key not in registries})
+    for name, child in base.named_children():
+        module.add_module(name, child)
+
+
 def has_block_patches(options: Mapping[str, Any]) -> bool:
     """Whether a user's patches have to see the whole of a block's tensors, as the host hands them out."""
     patches, replaced = options.get("patches", {}), options.get("patches_replace", {})

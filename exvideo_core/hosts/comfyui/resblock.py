@@ -16,17 +16,8 @@ from torch.nn import functional
 
 from ... import chunks
 from ...skips import Joined
-from .layers import Moments, convolve_pictures, normalize_activate, picture_norm
+from .layers import Moments, adopt, convolve_pictures, normalize_activate, picture_norm
 from .resident import Affine, Resident
-
-
-def _adopt(module: torch.nn.Module, base: torch.nn.Module) -> None:
-    """Make a module of the base's own submodules and settings: the same weights, under the same names."""
-    torch.nn.Module.__init__(module)
-    registries = {"_parameters", "_buffers", "_modules"}
-    module.__dict__.update({key: value for key, value in vars(base).items() if key not in registries})
-    for name, child in base.named_children():
-        module.add_module(name, child)
 
 
 def _channels_last(shape: Sequence[int], like: torch.Tensor | Joined) -> torch.Tensor:
@@ -171,7 +162,7 @@ class BoundedResBlock(VideoResBlock):
     """The host's `VideoResBlock` with bounded intermediates; its input may be a `Joined`."""
 
     def __init__(self, base: VideoResBlock) -> None:
-        _adopt(self, base)
+        adopt(self, base)
 
     def forward(
         self,
@@ -201,7 +192,7 @@ class BoundedUpsample(Upsample):
     """The host's `Upsample`, frame by frame."""
 
     def __init__(self, base: Upsample) -> None:
-        _adopt(self, base)
+        adopt(self, base)
 
     def forward(self, x: torch.Tensor, output_shape: torch.Size | None = None) -> torch.Tensor:
         """x [N, C, H, W] -> [N, C', 2 H, 2 W] or the size of `output_shape`, channels last."""
@@ -219,7 +210,7 @@ class BoundedDownsample(Downsample):
     """The host's `Downsample`, frame by frame."""
 
     def __init__(self, base: Downsample) -> None:
-        _adopt(self, base)
+        adopt(self, base)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, C, H, W] -> [N, C', H/2, W/2], channels last."""

@@ -14,7 +14,7 @@ from ...choices import PositionMode
 from ...extension import BlockWeights
 from ...positions import blended_table
 from ...temporal import convolve_padded, padded_rows
-from .layers import has_block_patches, picture_norm, transformer_block
+from .layers import adopt, has_block_patches, picture_norm, transformer_block
 from .resident import Resident
 
 #: A chunk's widest intermediate, in multiples of its tokens: the feed-forward's two halves of 4 C, and its input.
@@ -44,11 +44,7 @@ class ExtendedVideoTransformer(SpatialVideoTransformer):
         positions: PositionMode,
         strength: float,
     ) -> None:
-        torch.nn.Module.__init__(self)  # the host's own __init__ would allocate a second set of weights
-        registries = {"_parameters", "_buffers", "_modules"}
-        self.__dict__.update({key: value for key, value in vars(base).items() if key not in registries})
-        for name, module in base.named_children():
-            self.add_module(name, module)
+        adopt(self, base)
         self.positional_conv = conv
         self.position_table = weights.positions
         self.position_mode: PositionMode = positions
