@@ -15,6 +15,15 @@ Blend = Literal["smooth", "linear"]
 BLENDS: tuple[Blend, ...] = get_args(Blend)
 
 
+#: How windows of frames become one clip: one after the other, or all at each step and averaged by these weights.
+Fuse = Literal["sequential", "pyramid", "overlap-linear", "flat"]
+FUSES: tuple[Fuse, ...] = get_args(Fuse)
+
+#: What a window past the first is given as its first picture.
+Anchor = Literal["window start", "first picture", "none"]
+ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
+
+
 @dataclass(frozen=True)
 class Codec:
     """How frames are stored in a video file.

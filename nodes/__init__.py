@@ -6,11 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import ExVideoConditioning
 from .example import ExVideoExamplePicture
+from .keyframes import ExVideoKeyframes
 from .latents import ExVideoDecode, ExVideoNormalizeLatent
 from .loaders import ExVideoCheckpointLoader, ExVideoLoader
 from .model import ExVideoApply, ExVideoMemory
 from .post_tuning import ExVideoInit, ExVideoSave
 from .video import ExVideoSaveVideo
+from .windows import ExVideoTiles, ExVideoWindows
 
 NODES: list[type[io.ComfyNode]] = [
     ExVideoCheckpointLoader,
@@ -20,7 +22,10 @@ NODES: list[type[io.ComfyNode]] = [
     ExVideoNormalizeLatent,
     ExVideoDecode,
     ExVideoSaveVideo,
+    ExVideoWindows,
+    ExVideoKeyframes,
     ExVideoMemory,
+    ExVideoTiles,
     ExVideoInit,
     ExVideoSave,
     ExVideoExamplePicture,

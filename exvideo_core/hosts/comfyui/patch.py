@@ -36,6 +36,7 @@ from ...choices import PositionMode
 from ...extension import BlockWeights, Extension
 from ...temporal import as_picture_convolution, blended_convolution
 from .memory import MemorySettings, bounded_layers, configure, original
+from .preview import play_while_sampling
 from .transformer import ExtendedVideoTransformer
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def apply_extension(
     added = sum(comfy.model_management.module_size(layer.positional_conv) for layer in layers.values())
     patched.size = model.model_size() + added
     configure(patched, MemorySettings())
+    play_while_sampling(patched)
     patched.set_attachments(_ATTACHMENT, applied)
     patched.add_callback_with_key(CallbacksMP.ON_CLONE, _ATTACHMENT, _OwnLayers(extension, applied))
     return patched

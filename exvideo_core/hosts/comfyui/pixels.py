@@ -104,3 +104,32 @@ def decode(
         done += len(frames)
     assert video is not None  # a clip has at least one frame, hence one chunk
     return video
+
+
+def hold_frames(vae: comfy.sd.VAE, latent: dict[str, Any], images: torch.Tensor, frames: list[int]) -> dict[str, Any]:
+    """A latent whose given frames are pictures that sampling keeps.
+
+    Reference: the `mask_frames` of `SVDVideoPipeline.__call__`, which at every step puts the noised picture in a given
+    frame's place. That is what the host does by a noise mask.
+
+    Args:
+        latent: the host's latent of a clip; frames that it holds already stay held.
+        images: a picture for each frame [N, H, W, C] in 0..1, cut and scaled to the clip's size.
+
+    Raises:
+        ValueError: there are more or fewer pictures than frames, and not a single one for all.
+    """
+    if len(images) not in (1, len(frames)):
+        raise ValueError(
+            f"{len(images)} images are given for the {len(frames)} frames that frame_indices names. Give one for each, "
+            "or a single one for all."
+        )
+    samples = latent["samples"].clone()
+    count, _, height, width = samples.shape
+    encoded = vae.encode(imaging.fit(images, width * 8, height * 8))
+    samples[frames] = encoded.to(samples)
+    mask = torch.ones(count, 1, height, width)
+    if latent.get("noise_mask") is not None:
+        mask = comfy.utils.reshape_mask(latent["noise_mask"], mask.shape).clone().to(mask)
+    mask[frames] = 0
+    return {**latent, "samples": samples, "noise_mask": mask}

@@ -1,0 +1,141 @@
+"""Plays the clip as it is so far in the sampler's node, where the host itself shows its first frame only.
+
+Pictures go through the host's own preview channel, one after the other, so that every frontend and every client that
+shows previews shows a moving one.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import io
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import torch
+from comfy.patcher_extension import WrappersMP
+from PIL import ImageOps
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from PIL.Image import Image
+
+_KEY = "exvideo_preview"
+#: Share of the time that making pictures may take, and sending them as much again.
+_SHARE = 0.01
+_PER_SECOND = 8.0
+_MOST_PICTURES = 128
+
+
+def play_while_sampling(patched: ModelPatcher) -> None:
+    """Give a clone the preview. It follows the user's own choice of previews, and is off where they are off."""
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, _KEY)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _watched)
+
+
+def _watched(
+    executor: Any,  # noqa: ANN401 - the host's
+    noise: torch.Tensor,
+    latent_image: torch.Tensor,
+    sampler: Any,  # noqa: ANN401
+    sigmas: torch.Tensor,
+    denoise_mask: torch.Tensor | None = None,
+    callback: Callable[..., None] | None = None,
+    *rest: Any,  # noqa: ANN401
+    **named: Any,  # noqa: ANN401
+) -> torch.Tensor:
+    patcher: ModelPatcher = executor.class_obj.model_patcher
+    previewer = None
+    if callback is not None and len(noise) > 1 and comfy.utils.PROGRESS_BAR_HOOK is not None:
+        previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+    if previewer is None:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *rest, **named)
+    player = Player(previewer, callback)
+    try:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, player.step, *rest, **named)
+    finally:
+        player.stop()
+
+
+class Player:
+    """Shows a step's frames in turn until the next step has some.
+
+    Args:
+        previewer: the host's.
+        callback: the host's, for every step.
+    """
+
+    def __init__(self, previewer: latent_preview.LatentPreviewer, callback: Callable[..., None]) -> None:
+        self._previewer, self._callback = previewer, callback
+        self._lock = threading.Lock()  # so that progress is never reported as it was a step ago
+        self._ended = threading.Event()
+        self._pictures: list[Image] = []
+        self._format: tuple[str, int | None] = ("JPEG", None)
+        self._progress = (0, 1)
+        self._rest = 1 / _PER_SECOND
+        self._allowance, self._since, self._cost = 0.0, time.perf_counter(), 0.0
+        self._thread: threading.Thread | None = None
+
+    def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, steps: int) -> None:
+        """The host's callback of a step, and new pictures if they cost little against what the step took."""
+        with self._lock:
+            self._callback(step, denoised, x, steps)
+            now = time.perf_counter()
+            self._allowance += (now - self._since) * _SHARE
+            self._since = now
+            self._progress = (step + 1, steps)
+            if self._allowance > self._cost:
+                self._make(denoised)
+                self._allowance -= time.perf_counter() - now
+        if self._pictures and self._thread is None:
+            # In a copy of this context: the host finds there which node is running.
+            context = contextvars.copy_context()
+            self._thread = threading.Thread(target=context.run, args=(self._play,), name=_KEY, daemon=True)
+            self._thread.start()
+
+    def _make(self, denoised: torch.Tensor) -> None:
+        """As many pictures, evenly over the clip, as may be made."""
+        began = time.perf_counter()
+        frames = denoised.flatten(1).any(1).nonzero()[:, 0].tolist()  # windows to come are still zero
+        if not frames:
+            return
+        kind, picture, most = self._previewer.decode_latent_to_preview_image("JPEG", denoised[frames[0]][None])
+        each = time.perf_counter() - began
+        count = int(min(len(frames), _MOST_PICTURES, max(self._allowance / max(each, 1e-6), 1)))
+        chosen = [frames[i * len(frames) // count] for i in range(1, count)]
+        self._pictures = [picture, *(self._previewer.decode_latent_to_preview(denoised[i][None]) for i in chosen)]
+        self._format = (kind, most)
+        self._cost = time.perf_counter() - began
+        self._rest = max(1 / _PER_SECOND, _seconds_to_send(picture, kind, most) / _SHARE)
+
+    def _play(self) -> None:
+        shown = 0
+        bar = comfy.utils.ProgressBar(1)
+        while not self._ended.wait(self._rest):
+            with self._lock:
+                shown = (shown + 1) % len(self._pictures)
+                kind, most = self._format
+                try:
+                    bar.update_absolute(*self._progress, (kind, self._pictures[shown], most))
+                except comfy.model_management.InterruptProcessingException:
+                    # The host takes a cancellation back when it tells of it; it is the sampler that has to hear.
+                    comfy.model_management.interrupt_current_processing()
+                    return
+
+    def stop(self) -> None:
+        """Show nothing more."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _seconds_to_send(picture: Image, kind: str, most: int | None) -> float:
+    """What the host's server will need for a picture: it is encoded there."""
+    began = time.perf_counter()
+    scaled = picture if most is None else ImageOps.contain(picture, (most, most))
+    scaled.save(io.BytesIO(), format=kind, quality=95)
+    return time.perf_counter() - began

@@ -1,0 +1,91 @@
+"""Denoising in tiles of pictures, as a wrapper of the host's sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_base
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...windows import fuse_weights, spans
+from .wrapping import check_svd, room_for, wrap
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+_KEY = "exvideo_tiles"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Size and overlap of tiles, in latent pixels."""
+
+    width: int
+    height: int
+    overlap: int
+
+    def of(self, height: int, width: int) -> tuple[list[list[int]], list[list[int]]]:
+        overlaps = [min(self.overlap, size - 1) for size in (self.height, self.width)]
+        return spans(height, self.height, overlaps[0]), spans(width, self.width, overlaps[1])
+
+
+def with_tiles(model: ModelPatcher, tiles: Tiles) -> ModelPatcher:
+    """A clone of an SVD model whose pictures, where larger than a tile, are denoised in tiles and blended every step.
+
+    Raises:
+        ValueError: the model is no SVD.
+    """
+    check_svd(model)
+    patched = model.clone()
+    wrap(patched, WrappersMP.CALC_COND_BATCH, _KEY, _tiled(tiles), first=False)
+    wrap(patched, WrappersMP.PREPARE_SAMPLING, _KEY, room_for(height=tiles.height, width=tiles.width))
+    return patched
+
+
+def _tiled(settings: Tiles) -> Callable[..., list[torch.Tensor]]:
+    """All tiles of a call, blended where they overlap."""
+
+    def wrapper(
+        executor: Any,  # noqa: ANN401 - the host's
+        model: comfy.model_base.BaseModel,
+        conds: list[list[dict[str, Any]] | None],
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        options: dict[str, Any],
+    ) -> list[torch.Tensor]:
+        rows, columns = settings.of(*x.shape[-2:])
+        if len(rows) == len(columns) == 1:
+            return executor(model, conds, x, timestep, options)
+        sums = [torch.zeros_like(x) for _ in conds]
+        shares = x.new_zeros(x.shape[-2:])
+        for r, row in enumerate(rows):
+            for c, column in enumerate(columns):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                area = (..., slice(row[0], row[-1] + 1), slice(column[0], column[-1] + 1))
+                parts = [None if cond is None else [_of_area(each, area, x.shape) for each in cond] for cond in conds]
+                made = executor(model, parts, x[area].contiguous(), timestep, options)
+                down, across = fuse_weights(rows, r, "overlap-linear"), fuse_weights(columns, c, "overlap-linear")
+                weights = (down[:, None] * across).to(x)
+                for total, result in zip(sums, made, strict=True):
+                    total[area] += result * weights
+                shares[area] += weights
+        return [total.div_(shares) for total in sums]
+
+    return wrapper
+
+
+def _of_area(cond: dict[str, Any], area: tuple[Any, ...], shape: torch.Size) -> dict[str, Any]:
+    """A condition of a part of the picture."""
+
+    def cut(value: Any) -> Any:  # noqa: ANN401
+        if torch.is_tensor(value) and value.ndim > 2 and value.shape[-2:] == shape[-2:]:
+            return value[area]
+        tensor = getattr(value, "cond", None)
+        return value._copy_with(cut(tensor)) if torch.is_tensor(tensor) else value
+
+    model_conds = {name: cut(value) for name, value in cond.get("model_conds", {}).items()}
+    return {**{name: cut(value) for name, value in cond.items()}, "model_conds": model_conds}

@@ -1,0 +1,43 @@
+"""Which frames of a clip a text names."""
+
+from __future__ import annotations
+
+import re
+
+_PART = re.compile(r"(-?\d+)(?:\s*-\s*(-?\d+))?")
+
+
+def frame_indices(text: str, frames: int) -> list[int]:
+    """Frames named by a list like `0, 16-31, -1`: from 0, negative ones from the end, ranges with both ends.
+
+    Args:
+        frames: of the clip.
+
+    Raises:
+        ValueError: the text is no such list, or names a frame twice or outside of the clip.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = _PART.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(
+                f"frame_indices has '{part.strip()}', which is neither a frame nor a range. Write frames from 0 up, "
+                "separated by commas, such as '0, 16-31, -1'."
+            )
+        first, last = (_frame(number, frames) for number in (match[1], match[2] or match[1]))
+        if last < first:
+            raise ValueError(f"The range '{part.strip()}' in frame_indices runs backwards.")
+        found += range(first, last + 1)
+    if twice := sorted({frame for frame in found if found.count(frame) > 1}):
+        raise ValueError(f"frame_indices names frame {twice[0]} more than once.")
+    return found
+
+
+def _frame(number: str, frames: int) -> int:
+    frame = int(number)
+    if not -frames <= frame < frames:
+        raise ValueError(
+            f"frame_indices names frame {frame}, but the clip's {frames} frames are 0 to {frames - 1} "
+            f"(or -{frames} to -1, from the end)."
+        )
+    return frame % frames
