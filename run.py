@@ -24,7 +24,7 @@ from runner.hosts import PACK, Host, find_hosts, is_host
 
 TIERS = ("unit", "parity", "post_tuning", "host", "cuda")
 HOSTLESS = ("unit", "parity", "post_tuning")
-BENCHMARKS = {"method": False, "speed": True, "memory": True, "growth": True}  # name -> needs a ComfyUI
+BENCHMARKS = {"method": False, "speed": True, "memory": True, "growth": True, "length": True}  # name -> needs a ComfyUI
 HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
 NO_HOST = (
     "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"

@@ -55,6 +55,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def _text(value: Any) -> str:  # noqa: ANN401 - any figure
     if isinstance(value, float):
         return f"{value:.3g}"
+    if isinstance(value, dict):  # a mean and its 95 % interval
+        return f"{value['mean']:.3g} ({value['low']:.2g} to {value['high']:.2g})"
     if isinstance(value, list):
         return " to ".join(_text(part) for part in value)
     return str(value)

@@ -60,6 +60,7 @@ class Server:
         self.keep = keep
         self.base = Path(tempfile.mkdtemp(prefix="exvideo-server-"))
         self.models = self.base / "models"
+        self.input = self.base / "input"
         self.output = self.base / "output"
         for name in ("custom_nodes", "models/checkpoints", "models/exvideo", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)

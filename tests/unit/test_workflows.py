@@ -9,7 +9,10 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-HOST_NODES = {"ImageScale", "LoadImage", "VideoLinearCFGGuidance", "KSampler", "CreateVideo", "SaveVideo"}
+HOST_NODES = {
+    "CreateVideo", "GetVideoComponents", "ImageBatch", "ImageFromBatch", "ImageScale", "KSampler", "LoadImage",
+    "LoadVideo", "SaveVideo", "VAEEncode", "VideoLinearCFGGuidance",
+}  # fmt: skip
 
 
 _CONTROLS = ("randomize", "fixed", "increment", "image")

@@ -1,0 +1,144 @@
+"""Every saved workflow through a real server, from its API file, on the small model and a few frames."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import av
+import numpy as np
+import pytest
+
+from runner.hosts import PACK, Host
+from runner.server import Server
+from small_model import recipe, world
+
+FOLDER = PACK / "workflows" / "api"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+SMALL = {
+    "ExVideoCheckpointLoader": {"ckpt_name": recipe.CHECKPOINT.name},
+    "ExVideoLoader": {"extension_name": recipe.EXTENSION.name},
+    "KSampler": {"steps": 2},
+    "ExVideoWindows": {"window_frames": 16, "overlap_frames": 4},
+}
+#: What a workflow's length and size become: frames, width and height.
+CLIP, LONG = (24, 64), (40, 64)
+OLD, HELD = 32, 16  # frames of a clip to go on from, and how many of them are held
+
+
+@pytest.fixture(scope="module")
+def server(host_path):
+    with Server(Host(host_path)) as server:
+        pictures = (world.render(world.sample(world.HELD_OUT), OLD) * 255).round().astype(np.uint8)
+        from PIL import Image
+
+        for name, frame in (("example.png", 0), ("last.png", 20)):
+            Image.fromarray(pictures[frame]).save(server.input / name)
+        with av.open(str(server.input / "clip.mp4"), "w") as container:
+            stream = container.add_stream("libx264", 30, options={"crf": "10"})
+            stream.width = stream.height = 64
+            for picture in pictures:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            container.mux(stream.encode())
+        yield server
+
+
+def small(name: str) -> dict:
+    """A workflow of few frames and small pictures."""
+    graph = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    frames, size = LONG if name == "exvideo_long_video" else CLIP
+    for node in graph.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        inputs.update(SMALL.get(kind, {}))
+        if kind in ("ExVideoConditioning", "ImageScale"):
+            doubled = inputs["width"] == 1024
+            inputs.update({"width": size * (1 + doubled), "height": size * (1 + doubled)})
+        if kind == "ExVideoConditioning":
+            inputs["frames"] = frames
+        if kind == "ImageFromBatch" and inputs["batch_index"] == 112:
+            inputs["batch_index"] = OLD - HELD
+        if kind == "ImageFromBatch" and inputs["length"] == 120:
+            inputs["length"] = OLD - HELD // 2
+    return graph
+
+
+def video(server: Server, result) -> np.ndarray:
+    assert result.status == "success", result.error
+    entries = [entry for output in result.outputs.values() for entry in output.get("images", [])]
+    (entry,) = [entry for entry in entries if entry["filename"].endswith((".mp4", ".mkv"))]
+    path = server.output / entry["subfolder"] / entry["filename"]
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_workflow_runs(server, name: str) -> None:
+    frames, size = LONG if name == "exvideo_long_video" else CLIP
+    expected = {
+        "exvideo_continue_clip": (OLD + frames - HELD, size),
+        "exvideo_second_pass": (frames, 2 * size),
+        "exvideo_quickstart": (frames, 64),
+    }.get(name, (frames, size))
+    made = video(server, server.run(small(name)))
+    assert made.shape == (expected[0], expected[1], expected[1], 3)
+    assert made.std() > 10  # a picture, not a plain area
+
+
+def test_a_second_pass_in_windows_and_tiles(server) -> None:
+    graph = small("exvideo_second_pass")
+    sampler = next(key for key, node in graph.items() if node["inputs"].get("denoise") == 0.5)
+    model = graph[sampler]["inputs"]["model"]
+    graph["windows"] = {"class_type": "ExVideoWindows", "inputs": {
+        "model": model, "window_frames": 16, "overlap_frames": 4, "fuse": "pyramid", "freenoise": False}}  # fmt: skip
+    graph["tiles"] = {"class_type": "ExVideoTiles", "inputs": {
+        "model": ["windows", 0], "tile_width": 128, "tile_height": 128, "overlap": 64}}  # fmt: skip
+    for node in graph.values():
+        if node["inputs"].get("width") == 128:
+            node["inputs"].update(width=192, height=192)
+    graph[sampler]["inputs"]["model"] = ["tiles", 0]
+    assert video(server, server.run(graph)).shape == (24, 192, 192, 3)
+    graph["tiles"]["inputs"]["overlap"] = 128
+    result = server.run(graph)
+    assert result.status == "invalid" and "overlap (128)" in json.dumps(result.error)
+
+
+def test_cancelled_in_the_middle_of_a_window_the_server_goes_on(server) -> None:
+    graph = small("exvideo_long_video")
+    save = next(node for node in graph.values() if node["class_type"] == "ExVideoSaveVideo")
+    save["inputs"]["codec"] = "ffv1 (lossless)"
+    expected = video(server, server.run(graph))
+    sampler = next(node for node in graph.values() if node["class_type"] == "KSampler")
+    sampler["inputs"].update(seed=1, steps=20)
+    timer = []
+
+    def cancel(node: str, step: int, steps: int) -> None:
+        if steps > 20 and step > 20 and not timer:
+            timer.append(threading.Thread(target=server.interrupt))
+            timer[0].start()
+
+    before = sorted(server.output.rglob("*"))
+    assert server.run(graph, cancel).status == "interrupted"
+    timer[0].join()
+    assert sorted(server.output.rglob("*")) == before
+    sampler["inputs"].update(seed=0, steps=2)
+    save["inputs"]["filename_prefix"] = "video/again"  # not from the host's cache
+    assert np.array_equal(video(server, server.run(graph)), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("ExVideoKeyframes", {"frame_indices": "0-99"}, "frame_indices names frame 99"),
+        ("ExVideoKeyframes", {"frame_indices": "0-3"}, "16 images are given for the 4 frames"),
+        ("ExVideoWindows", {"window_frames": 129}, "Lower window_frames to 128"),
+        ("ExVideoWindows", {"overlap_frames": 16}, "smaller than the window"),
+        ("ExVideoWindows", {"closed_loop": True, "overlap_frames": 30, "window_frames": 64}, "20 or less"),
+    ],
+)
+def test_impossible_inputs_say_so(server, kind: str, changes: dict, message: str) -> None:
+    graph = small("exvideo_long_video" if kind == "ExVideoWindows" else "exvideo_continue_clip")
+    next(node for node in graph.values() if node["class_type"] == kind)["inputs"].update(changes)
+    result = server.run(graph)
+    assert result.status == "error"
+    assert message in result.error["exception_message"]
+    assert result.error["node_type"] == ("KSampler" if "closed_loop" in changes else kind)
