@@ -24,7 +24,8 @@ from runner.hosts import PACK, Host, find_hosts, is_host
 
 TIERS = ("unit", "parity", "post_tuning", "host", "cuda")
 HOSTLESS = ("unit", "parity", "post_tuning")
-BENCHMARKS = {"method": False, "speed": True, "memory": True, "growth": True, "length": True}  # name -> needs a ComfyUI
+NEEDS_HOST = ("growth", "length", "memory", "minute", "preview", "speed")  # benchmarks that run in a ComfyUI
+BENCHMARKS = ("method", *NEEDS_HOST)
 HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
 NO_HOST = (
     "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"
@@ -42,7 +43,7 @@ def main() -> int:
     test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given again)")
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     bench = commands.add_parser("bench", help="make the figures of benchmarks/", add_help=False)
-    bench.add_argument("name", choices=list(BENCHMARKS))
+    bench.add_argument("name", choices=BENCHMARKS)
     options, rest = parser.parse_known_args()
     if rest and options.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -77,7 +78,7 @@ def demo(folder: Path | None = None, standalone: bool = False, keep: bool = Fals
 
 
 def benchmark(name: str, arguments: list[str]) -> int:
-    if not BENCHMARKS[name]:
+    if name not in NEEDS_HOST:
         return _python(own_python(), "-m", f"benchmarks.{name}", *arguments).returncode
     hosts = find_hosts()
     if not hosts:

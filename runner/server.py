@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -53,11 +53,13 @@ class Server:
         host: the ComfyUI to run.
         pack: the folder of the pack.
         keep: leave the server's folder.
+        arguments: further ones of ComfyUI's command line.
     """
 
-    def __init__(self, host: Host, pack: Path = PACK, keep: bool = False) -> None:
+    def __init__(self, host: Host, pack: Path = PACK, keep: bool = False, arguments: Sequence[str] = ()) -> None:
         self.host = host
         self.keep = keep
+        self._arguments = list(arguments)
         self.base = Path(tempfile.mkdtemp(prefix="exvideo-server-"))
         self.models = self.base / "models"
         self.input = self.base / "input"
@@ -79,7 +81,7 @@ class Server:
         command += ["--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes"]
         # Else the server opens, and may migrate, the database of the user's install.
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
-        command += [] if torch.cuda.is_available() else ["--cpu"]
+        command += [*([] if torch.cuda.is_available() else ["--cpu"]), *self._arguments]
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(

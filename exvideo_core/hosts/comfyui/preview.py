@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _KEY = "exvideo_preview"
-#: Share of the time that making pictures may take, and sending them as much again.
-_SHARE = 0.01
+#: Shares of the time that making a step's pictures and sending them may take: with all around it, two hundredths.
+_MAKING, _SENDING = 0.005, 0.006
 _PER_SECOND = 8.0
 _MOST_PICTURES = 128
 
@@ -85,7 +85,7 @@ class Player:
         with self._lock:
             self._callback(step, denoised, x, steps)
             now = time.perf_counter()
-            self._allowance += (now - self._since) * _SHARE
+            self._allowance += (now - self._since) * _MAKING
             self._since = now
             self._progress = (step + 1, steps)
             if self._allowance > self._cost:
@@ -110,7 +110,7 @@ class Player:
         self._pictures = [picture, *(self._previewer.decode_latent_to_preview(denoised[i][None]) for i in chosen)]
         self._format = (kind, most)
         self._cost = time.perf_counter() - began
-        self._rest = max(1 / _PER_SECOND, _seconds_to_send(picture, kind, most) / _SHARE)
+        self._rest = max(1 / _PER_SECOND, _seconds_to_send(picture, kind, most) / _SENDING)
 
     def _play(self) -> None:
         shown = 0

@@ -1,0 +1,120 @@
+"""What the preview that plays the clip costs: sampling on the small model with it, with the host's own, and with none.
+
+    python run.py bench preview [--frames 128] [--steps 8] [--repeats 9]
+
+The three take turns. Pictures are encoded in a thread of their own, as the host's server does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import queue
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from small_model import world
+
+from . import report
+from .length import Maker
+
+WAYS = ("none", "host", "clip")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="run.py bench preview", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--frames", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    sampling, server = _Sampling(options.frames, options.steps), _Server()
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    pictures: dict[str, int] = dict.fromkeys(WAYS, 0)
+    sampling.run("none")  # warms up
+    for _ in range(options.repeats):
+        for way in WAYS:
+            server.encoded = 0
+            began = time.perf_counter()
+            sampling.run(way)
+            times[way].append(time.perf_counter() - began)
+            pictures[way] += server.encoded
+    rows = []
+    for way in WAYS:
+        ratios = np.array(times[way]) / np.array(times["none"])
+        low, median, high = np.percentile(ratios, [25, 50, 75])
+        rows.append({
+            "preview": way, "frames": options.frames, "steps": options.steps, "seconds": float(np.median(times[way])),
+            "of_none": float(median), "quartiles": [float(low), float(high)],
+            "pictures_per_second": pictures[way] / sum(times[way]),
+        })  # fmt: skip
+        print(report.markdown(rows[-1:]).splitlines()[-1], flush=True)
+    report.write("preview", rows)
+    return 0
+
+
+class _Server:
+    """Encodes what the host's progress hook is given, in another thread, as the host's server does."""
+
+    def __init__(self) -> None:
+        import comfy.utils
+
+        self.encoded = 0
+        self._waiting: queue.Queue[Any] = queue.Queue()
+        comfy.utils.set_progress_bar_global_hook(self._hook)
+        threading.Thread(target=self._encode, daemon=True).start()
+
+    def _hook(self, value: int, total: int, preview: Any, **_: Any) -> None:  # noqa: ANN401
+        if preview is not None:
+            self._waiting.put(preview)
+
+    def _encode(self) -> None:
+        from PIL import ImageOps
+
+        while True:
+            kind, picture, most = self._waiting.get()
+            ImageOps.contain(picture, (most, most)).save(io.BytesIO(), format=kind, quality=95)
+            self.encoded += 1
+
+
+class _Sampling:
+    def __init__(self, frames: int, steps: int) -> None:
+        maker = Maker()  # before all that needs the host
+
+        from exvideo_core.hosts.comfyui import pixels
+        from exvideo_core.hosts.comfyui.patch import apply_extension
+
+        clip = world.sample(world.HELD_OUT)
+        self._steps = steps
+        self._conds = pixels.condition(
+            maker.clip_vision, maker.vae, torch.from_numpy(world.render(clip, 1)), width=world.SIZE,
+            height=world.SIZE, fps=30, motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=0,
+        )  # fmt: skip
+        self._latent = torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)
+        self._noise = torch.randn(self._latent.shape, generator=torch.Generator().manual_seed(0))
+        self._model = apply_extension(maker.model, maker.extension)
+
+    def run(self, way: str) -> None:
+        import comfy.cli_args
+        import comfy.sample
+        import latent_preview
+        from comfy.patcher_extension import WrappersMP
+
+        methods = latent_preview.LatentPreviewMethod
+        comfy.cli_args.args.preview_method = methods.NoPreviews if way == "none" else methods.Auto
+        model = self._model.clone()
+        if way != "clip":
+            model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, "exvideo_preview")
+        comfy.sample.sample(
+            model, self._noise, self._steps, 1.0, "euler", "karras", *self._conds, self._latent, seed=0,
+            callback=latent_preview.prepare_callback(model, self._steps), disable_pbar=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
