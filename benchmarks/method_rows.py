@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from exvideo_core.hosts.diffusers.sampling import decode
 from exvideo_core.post_tuning.samples import Encoder
 from small_model import clips, world
 
 FRAMES = 128
+_CODE = 2  # to be raised when clips come out different: kept ones are then made anew
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +84,7 @@ class Maker:
 
     def path(self, row: Row, index: int) -> Path:
         """Named by all that decides the clip."""
-        parts = [row.name, _digest(self.base), clips.STEPS, FRAMES]
+        parts = [row.name, _digest(self.base), clips.STEPS, FRAMES, _CODE]
         if row.extension and row.extension != "untrained":
             parts.append(_digest(Path(row.extension)))
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
@@ -95,7 +97,7 @@ class Maker:
             svd, clip = self.model(row.extension), world.sample(world.HELD_OUT + index)
             if row.truth:
                 pictures = world.as_bytes(world.render(clip, FRAMES))
-                video = clips.decode(svd, Encoder(svd.vae, svd.image_encoder).latents(pictures))
+                video = decode(svd, Encoder(svd.vae, svd.image_encoder).latents(pictures))
             elif row.windows:
                 video = clips.make_in_windows(svd, clip, FRAMES, svd.frames, seed=index)
             else:

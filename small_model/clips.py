@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from exvideo_core.hosts.diffusers.sampling import make_clip
+from exvideo_core.hosts.diffusers.sampling import decode, make_clip
 from exvideo_core.post_tuning.loss import denoise
 from exvideo_core.post_tuning.samples import Encoder
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 FPS = 30
 STEPS = 8  # denoising steps of a clip
 SIGMAS = (1.0, 3.0, 10.0, 30.0, 100.0, 700.0)  # noise levels of the denoising curve
-
-Decode = Callable[[torch.Tensor], np.ndarray]
 
 
 def make(svd: SVD, clip: world.Clip, frames: int, seed: int, steps: int = STEPS) -> np.ndarray:
@@ -69,11 +66,3 @@ def denoising_errors(
             sighting = measure.sight(clip, decode(svd, clean[0]))
             found[sigma].append(measure.path_error(sighting, clip).mean(1))
     return {sigma: np.stack(errors) for sigma, errors in found.items()}
-
-
-@torch.no_grad()
-def decode(svd: SVD, latents: torch.Tensor, chunk: int = 16) -> np.ndarray:
-    """Scaled latents [T, 4, H, W] -> pictures, 0..1 [T, 8 H, 8 W, 3]."""
-    unscaled = latents / svd.vae.config.scaling_factor
-    parts = [svd.vae.decode(part, num_frames=len(part)).sample for part in unscaled.split(chunk)]
-    return ((torch.cat(parts) + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()

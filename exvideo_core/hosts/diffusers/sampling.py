@@ -10,6 +10,7 @@ from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from ... import imaging
 from .checkpoint import SVD
 
 
@@ -81,9 +82,34 @@ def make_clip(
         fps=fps,
         motion_bucket_id=motion_bucket_id,
         noise_aug_strength=noise_aug_strength,
-        decode_chunk_size=16,
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=done,
-        output_type="np",
+        output_type="latent",
     )
-    return (result.frames[0] * 255).round().astype(np.uint8)
+    return (decode(svd, result.frames[0]) * 255).round().astype(np.uint8)
+
+
+@torch.no_grad()
+def decode(svd: SVD, latents: torch.Tensor, chunk_frames: int = 24, overlap_frames: int = 12) -> np.ndarray:
+    """Decode a clip in overlapped chunks of frames, as the node ExVideoDecode does by default.
+
+    The pipeline's own chunks stand end to end, and pictures jump at every border.
+
+    Args:
+        latents: as the UNet makes them, scaled by the VAE's factor [T, 4, H, W].
+
+    Returns:
+        0..1 [T, 8 H, 8 W, 3] in float32.
+    """
+    frames = len(latents)
+    unscaled = latents / svd.vae.config.scaling_factor
+    video, total = None, torch.zeros(frames, 1, 1, 1)
+    for start, end in imaging.chunks(frames, chunk_frames, overlap_frames):
+        pixels = svd.vae.decode(unscaled[start:end], num_frames=end - start).sample.float().cpu()
+        weights = imaging.blend_weights(start, end, frames, overlap_frames, "smooth").view(-1, 1, 1, 1)
+        if video is None:
+            video = pixels.new_zeros(frames, *pixels.shape[1:])
+        video[start:end] += pixels * weights
+        total[start:end] += weights
+    assert video is not None  # a clip has at least one frame, hence one chunk
+    return ((video / total + 1) / 2).clamp(0, 1).movedim(1, -1).numpy()
