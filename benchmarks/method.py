@@ -47,33 +47,49 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
 
     kept = cache_folder() / "bench-method"
+    options.results.mkdir(parents=True, exist_ok=True)
     wanted = [(row, options.clips) for row in main_rows(options.extension)]
     make_all(options.base, kept, wanted, options.jobs)
-    if options.ablation_clips:
-        folder = recipe.ablations(options.work, options.base, options.jobs)
-        ablated = [(row, options.ablation_clips) for row in ablation_rows(folder)]
-        make_all(options.base, kept, ablated, options.jobs)
-        wanted += ablated
-
     maker = Maker(options.base, kept)
     table, by_frame = _measure(maker, wanted)
     own_length = _own_length(maker, options.clips)
     curve = _curve(maker, options.extension, options.curve_clips)
-    options.results.mkdir(parents=True, exist_ok=True)
+    titles = {row.name: row.title for row, _ in wanted}
+    _write(options.results / "method", table, titles, own_length, denoising=curve)
+    plots.paths(by_frame, titles, options.results / "method_path.png")
+    plots.curve(curve, options.results / "method_denoising.png")
+    shown = {row.title: maker.clip(row, 0) for row, _ in wanted}
+    plots.contact_sheet(shown, options.results / "method_frames.png")
+    if options.ablation_clips:
+        _ablations(options, kept)
+    return 0
+
+
+def _ablations(options: argparse.Namespace, kept: Path) -> None:
+    """A table of their own: they are trained first, for a fraction of the shipped extension's steps."""
+    folder = recipe.ablations(options.work, options.base, options.jobs)
+    wanted = [(row, options.ablation_clips) for row in ablation_rows(folder)]
+    make_all(options.base, kept, wanted, options.jobs)
+    table, _ = _measure(Maker(options.base, kept), wanted)
+    _write(options.results / "method_ablations", table, {row.name: row.title for row, _ in wanted})
+
+
+def _write(
+    target: Path,
+    table: list[dict],
+    titles: dict[str, str],
+    own_length: dict[str, dict[str, float]] | None = None,
+    **more: object,
+) -> None:
     report = {
         "command": " ".join(["python run.py bench method", *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}",
-        "frames": FRAMES, "steps": clips.STEPS, "rows": table, "base_at_25_frames": own_length, "denoising": curve,
+        "frames": FRAMES, "steps": clips.STEPS, "rows": table, "base_at_25_frames": own_length, **more,
     }  # fmt: skip
-    (options.results / "method.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    text = plots.markdown(table, own_length, {row.name: row.title for row, _ in wanted})
-    (options.results / "method.md").write_text(text, encoding="utf-8")
+    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = plots.markdown(table, titles, own_length)
+    target.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
-    plots.paths(by_frame, {row.name: row.title for row, _ in wanted}, options.results / "method_path.png")
-    plots.curve(curve, options.results / "method_denoising.png")
-    shown = [row for row, _ in wanted if row.name in ("truth", "base", "untrained", "extended", "windows")]
-    plots.contact_sheet({row.title: maker.clip(row, 0) for row in shown}, options.results / "method_frames.png")
-    return 0
 
 
 def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], dict[str, np.ndarray]]:

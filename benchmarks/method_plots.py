@@ -9,7 +9,7 @@ import numpy as np
 from .method_measures import MEASURES
 
 
-def markdown(table: list[dict], own_length: dict[str, dict[str, float]], titles: dict[str, str]) -> str:
+def markdown(table: list[dict], titles: dict[str, str], own_length: dict[str, dict[str, float]] | None = None) -> str:
     """The table, with 95 % intervals."""
     names = list(MEASURES)
     lines = [
@@ -19,8 +19,10 @@ def markdown(table: list[dict], own_length: dict[str, dict[str, float]], titles:
     for row in table:
         cells = [_cell(row["metric"][name]) for name in names]
         lines.append(f"| {titles[row['row']]} | {row['clips']} | " + " | ".join(cells) + " |")
-    lines += ["", "The base at its own 25 frames: " + ", ".join(
-        f"{name.replace('_', ' ')} {_cell(value)}" for name, value in own_length.items()) + ".", ""]  # fmt: skip
+    if own_length is not None:
+        cells = [f"{name.replace('_', ' ')} {_cell(value)}" for name, value in own_length.items()]
+        lines += ["", f"The base at its own 25 frames: {', '.join(cells)}."]
+    lines.append("")
     for name, (text, perfect) in MEASURES.items():
         lines.append(f"- *{name.replace('_', ' ')}*: {text}; {perfect:g} is perfect.")
     equal = [name for name in names if _all_overlap([row["metric"][name] for row in table if row["row"] != "truth"])]

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -49,14 +50,15 @@ def main() -> int:
             before, began = process.memory_info().rss, time.monotonic()
             with _Peak(process) as peak:
                 result = server.run(_prompt(frames, options.steps), timeout=3600)
+            seconds = time.monotonic() - began
             if result.status != "success":
                 print(result.error, file=sys.stderr)
                 return 1
             (entry,) = next(output["images"] for output in result.outputs.values() if "images" in output)
             found, width, height = probe(server.output / entry["subfolder"] / entry["filename"])
             rows.append({
-                "frames": frames, "frames_in_file": found, "pixels": f"{width}x{height}",
-                "seconds": round(time.monotonic() - began, 1), "rss_before_mib": round(before / MIB), "peak_mib": round(peak.bytes / MIB),
+                "frames": frames, "frames_in_file": found, "pixels": f"{width}x{height}", "seconds": round(seconds, 1),
+                "rss_before_mib": round(before / MIB), "peak_mib": round(peak.bytes / MIB),
                 "latents_mib": frames * 4 * (width // 8) * (height // 8) * 4 / MIB,
             })  # fmt: skip
             print(report.markdown(rows[-1:]).splitlines()[-1], flush=True)
@@ -64,7 +66,7 @@ def main() -> int:
     return 0
 
 
-def _prompt(frames: int, steps: int) -> dict:
+def _prompt(frames: int, steps: int) -> dict[str, Any]:
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     changes = {
         "ExVideoCheckpointLoader": {"ckpt_name": recipe.CHECKPOINT.name},
