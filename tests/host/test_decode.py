@@ -67,7 +67,7 @@ def pan(picture: str) -> torch.Tensor:
     from PIL import Image
 
     if picture == "photograph":
-        with Image.open(PACK / "examples" / "astronaut.jpg") as file:
+        with Image.open(PACK / "tests" / "pictures" / "astronaut.jpg") as file:
             wide = np.asarray(file.convert("RGB").resize((256, 256)), np.float32)[96:160] / 255
     else:
         wide = np.concatenate([world.render(world.sample(world.HELD_OUT), 1)[0]] * 5, axis=1).astype(np.float32)
