@@ -22,11 +22,13 @@ from pathlib import Path
 from runner.environment import host_python, own_python
 from runner.hosts import PACK, Host, find_hosts, is_host
 
-TIERS = ("unit", "parity", "post_tuning", "host", "cuda")
+TIERS = ("unit", "parity", "post_tuning", "host", "browser", "cuda")
 HOSTLESS = ("unit", "parity", "post_tuning")
 NEEDS_HOST = ("growth", "length", "memory", "minute", "preview", "speed")  # benchmarks that run in a ComfyUI
 BENCHMARKS = ("method", *NEEDS_HOST)
 HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
+HOW_BROWSER = {"pytest": "pytest", "playwright": "playwright"}
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NO_HOST = (
     "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"
 )
@@ -100,6 +102,13 @@ def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:
             lines.append(f"SKIPPED tier {tier}: {NO_HOST}")
             counts["skipped"] += 1
             continue
+        elif tier == "browser" and chromium() is None:
+            lines.append(
+                "SKIPPED tier browser: no Chromium found. Install one (Debian: apt install chromium), or set "
+                "EXVIDEO_CHROMIUM to it."
+            )
+            counts["skipped"] += 1
+            continue
         elif tier == "cuda" and not _has_gpu():
             lines.append("SKIPPED tier cuda: no NVIDIA GPU found (nvidia-smi -L).")
             counts["skipped"] += 1
@@ -113,8 +122,9 @@ def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:
         for name, find_python, host in runs:
             print(f"\n=== tier {name} ===", flush=True)
             python = find_python()
-            if missing := _missing(python):
-                steps = " && ".join(f'"{python}" -m pip install {HOW[package]}' for package in missing)
+            needed = HOW_BROWSER if tier == "browser" else HOW
+            if missing := _missing(python, needed):
+                steps = " && ".join(f'"{python}" -m pip install {needed[package]}' for package in missing)
                 lines.append(f"SKIPPED tier {name}: its Python lacks {' and '.join(missing)}. To run it: {steps}")
                 counts["skipped"] += 1
                 continue
@@ -153,13 +163,20 @@ def _python(python: Path, *arguments: str, host: Host | None = None) -> subproce
     environment = {**os.environ, "PYTHONPATH": str(PACK), "PYTHONDONTWRITEBYTECODE": "1"}
     if host is not None:
         environment["EXVIDEO_HOST"] = str(host.path)
+        environment["EXVIDEO_CHROMIUM"] = chromium() or ""
     return subprocess.run([python, *arguments], cwd=PACK, env=environment, check=False)
 
 
-def _missing(python: Path) -> list[str]:
+def _missing(python: Path, needed: dict[str, str]) -> list[str]:
     """What an environment lacks for the tests. An install's own environment is the user's: never installed into."""
-    code = f"import importlib.util as u; print(*[n for n in {tuple(HOW)} if not u.find_spec(n)])"
+    code = f"import importlib.util as u; print(*[n for n in {tuple(needed)} if not u.find_spec(n)])"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def chromium() -> str | None:
+    """A Chromium or Chrome of this machine: no test downloads one."""
+    named = os.environ.get("EXVIDEO_CHROMIUM")
+    return named or next((found for name in CHROMIUM if (found := shutil.which(name))), None)
 
 
 def _has_gpu() -> bool:

@@ -77,7 +77,8 @@ def table_for(table: torch.Tensor, frames: int, mode: PositionMode) -> torch.Ten
     if frames > trained:
         raise ValueError(
             f"The clip has {frames} frames, but this ExVideo extension was trained for {trained}. Lower the frame "
-            f"count to {trained}, or set positions of ExVideo Apply to 'stretch' or 'repeat'."
+            f"count to {trained}, put ExVideo Windows behind ExVideo Apply, or set the latter's positions to 'stretch' "
+            "or 'repeat'."
         )
     return table[:frames]
 

@@ -1,0 +1,164 @@
+"""A real ComfyUI server, its own frontend, and a headless Chromium that uses it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from runner.hosts import PACK, Host
+from runner.server import Server
+from small_model import recipe, world
+
+HOST = Host(Path(os.environ["EXVIDEO_HOST"]))
+#: Where screenshots are kept, one folder for each host.
+SCREENSHOTS = Path(os.environ.get("EXVIDEO_SCREENSHOTS", PACK / "output" / "screenshots")) / HOST.version
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """With previews on, the workflows' inputs, and the small model under the names of the published ones."""
+    with Server(HOST, arguments=["--preview-method", "auto"]) as server:
+        (server.models / "checkpoints" / "svd_xt.safetensors").symlink_to(recipe.CHECKPOINT)
+        (server.models / "exvideo" / "ExVideo-SVD-128f-v1.fp16.safetensors").symlink_to(recipe.EXTENSION)
+        pictures = (world.render(world.sample(world.HELD_OUT), 32) * 255).round().astype(np.uint8)
+        for name, frame in (("example.png", 0), ("last.png", 20)):
+            Image.fromarray(pictures[frame]).save(server.input / name)
+        with av.open(str(server.input / "clip.mp4"), "w") as container:
+            stream = container.add_stream("libx264", 30)
+            stream.width = stream.height = 64
+            for picture in pictures:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            container.mux(stream.encode())
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser(server: Server) -> Iterator[Browser]:  # after the server, which cannot start in Playwright's event loop
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=os.environ["EXVIDEO_CHROMIUM"], args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class App:
+    """The frontend in a page, by what users see and do."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def open(self, url: str) -> None:
+        self.page.goto(url)
+        self.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=90_000)
+        self.page.wait_for_timeout(3000)
+        self.page.keyboard.press("Escape")  # what greets a new user
+        self.page.wait_for_timeout(500)
+        self.errors.clear()  # the frontend's own at its start
+
+    def shot(self, name: str) -> None:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+    def templates(self) -> None:
+        """Open the template browser at this pack's workflows."""
+        self.page.locator("button[aria-label=Templates]").click()
+        dialog = self.page.locator("[role=dialog]").first
+        dialog.get_by_text(PACK.name, exact=True).click()
+        dialog.get_by_text("exvideo_quickstart", exact=True).wait_for()
+
+    def load_template(self, name: str) -> None:
+        self.templates()
+        self.page.locator("[role=dialog]").first.get_by_text(name, exact=True).click()
+        self.page.wait_for_function("window.app.graph._nodes.length > 3")
+        self.page.locator("[role=dialog]").first.wait_for(state="hidden")
+        self.fit()
+
+    def fit(self) -> None:
+        """Show the whole graph."""
+        self.page.locator("button[aria-label^='Fit View']").click()
+        self.page.wait_for_timeout(1000)
+
+    def nodes(self) -> list[str]:
+        return self.page.evaluate("window.app.graph._nodes.map(node => node.type)")
+
+    def place(self, kind: str, right: float = 60, down: float = -15) -> tuple[float, float]:
+        """Where a node is on the page: its title, unless another place within it is asked for."""
+        x, y = self.page.evaluate(
+            """([kind, right, down]) => {
+                const node = window.app.graph._nodes.find(node => node.type === kind)
+                const {canvas, ds} = window.app.canvas, box = canvas.getBoundingClientRect()
+                return [box.x + (node.pos[0] + ds.offset[0] + right) * ds.scale,
+                        box.y + (node.pos[1] + ds.offset[1] + down) * ds.scale]
+            }""",
+            [kind, right, down],
+        )
+        return x, y
+
+    def set(self, kind: str, **widgets: object) -> None:
+        """Set widgets of the first node of a kind."""
+        self.page.evaluate(
+            """([kind, widgets]) => {
+                const node = window.app.graph._nodes.find(node => node.type === kind)
+                for (const [name, value] of Object.entries(widgets)) {
+                    const widget = node.widgets.find(widget => widget.name === name)
+                    widget.value = value
+                    widget.callback?.(value)
+                }
+            }""",
+            [kind, widgets],
+        )
+
+    def value(self, kind: str, widget: str) -> object:
+        """What a widget of the first node of a kind is set to."""
+        return self.page.evaluate(
+            "([kind, name]) => window.app.graph._nodes.find(node => node.type === kind)"
+            ".widgets.find(widget => widget.name === name).value",
+            [kind, widget],
+        )
+
+    def run(self) -> None:
+        self.page.get_by_role("button", name="Run", exact=True).first.click()
+
+    def drop(self, name: str, content: bytes, kind: str) -> None:
+        """Drag a file onto the canvas."""
+        self.page.evaluate(
+            """([name, bytes, kind]) => {
+                const transfer = new DataTransfer()
+                transfer.items.add(new File([new Uint8Array(bytes)], name, {type: kind}))
+                const canvas = window.app.canvas.canvas, box = canvas.getBoundingClientRect()
+                const where = {clientX: box.x + box.width * 0.6, clientY: box.y + box.height * 0.9}
+                const event = {dataTransfer: transfer, bubbles: true, cancelable: true, ...where}
+                for (const type of ['dragenter', 'dragover', 'drop']) canvas.dispatchEvent(new DragEvent(type, event))
+            }""",
+            [name, list(content), kind],
+        )
+
+    def missing(self) -> list[str]:
+        """Nodes that the frontend does not know, or whose choice of a file is not there."""
+        return self.page.evaluate(
+            "window.app.graph._nodes.filter(n => n.has_errors || !(n.type in LiteGraph.registered_node_types))"
+            ".map(n => n.type)"
+        )
+
+    def toasts(self) -> list[str]:
+        """Messages of errors and warnings that are shown."""
+        shown = self.page.locator(".p-toast-message-error, .p-toast-message-warn").all_inner_texts()
+        return [re.sub(r"\s+", " ", text) for text in shown]
+
+
+@pytest.fixture
+def app(browser: Browser, server: Server) -> Iterator[App]:
+    context = browser.new_context(viewport={"width": 1600, "height": 900})
+    app = App(context.new_page())
+    app.open(server.url)
+    yield app
+    context.close()

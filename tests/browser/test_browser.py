@@ -1,0 +1,119 @@
+"""What a user does and sees, in the real frontend."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from runner.hosts import PACK
+
+FOLDER = PACK / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+SHORT = {"frames": 24}
+
+
+def graph(name: str) -> list[str]:
+    return sorted(node["type"] for node in json.loads((FOLDER / f"{name}.json").read_text("utf-8"))["nodes"])
+
+
+def test_the_template_browser_shows_every_workflow_with_its_picture(app) -> None:
+    app.templates()
+    dialog = app.page.locator("[role=dialog]").first
+    app.page.wait_for_timeout(1500)
+    app.shot("templates")
+    pictures = dialog.locator("img")
+    for number in range(pictures.count()):  # they are loaded as they come into view
+        pictures.nth(number).scroll_into_view_if_needed()
+        app.page.wait_for_timeout(300)
+    # The pack's are 960 wide, the frontend's own placeholder is not.
+    count = "count => [...document.querySelectorAll('[role=dialog] img')].filter(i => i.naturalWidth === 960).length"
+    app.page.wait_for_function(f"{count} === count", arg=len(NAMES))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_loads_with_nothing_missing(app, name: str) -> None:
+    app.load_template(name)
+    assert sorted(app.nodes()) == graph(name)
+    assert app.missing() == []
+    assert app.toasts() == []
+    assert app.errors == []
+    app.shot(f"workflow_{name}")
+
+
+def test_run_shows_progress_a_moving_preview_and_the_video(app) -> None:
+    app.load_template("exvideo_quickstart")
+    app.page.evaluate(
+        """() => {
+            window.seen = {progress: 0, previews: new Set()}
+            window.app.api.addEventListener('progress', () => window.seen.progress++)
+            window.app.api.addEventListener('b_preview', async event => {
+                const bytes = await event.detail.arrayBuffer()
+                const digest = await crypto.subtle.digest('SHA-1', bytes)
+                window.seen.previews.add([...new Uint8Array(digest)].join())
+            })
+        }"""
+    )
+    app.set("KSampler", steps=12)
+    app.run()
+    app.page.wait_for_function("window.seen.previews.size > 3", timeout=120_000)
+    app.shot("preview")
+    app.page.wait_for_function("document.querySelector('video')?.readyState >= 2", timeout=240_000)
+    seen = app.page.evaluate("({progress: window.seen.progress, previews: window.seen.previews.size})")
+    print(seen)
+    # Twelve steps show the first frame twelve times at most: the others are frames of the clip.
+    assert seen["progress"] >= 12 and seen["previews"] > 12
+    size = app.page.evaluate("(v => [v.videoWidth, v.videoHeight, v.duration])(document.querySelector('video'))")
+    assert size[:2] == [256, 256] and abs(size[2] - 128 / 30) < 0.1
+    app.page.evaluate("document.querySelector('video').play()")
+    app.page.wait_for_function("document.querySelector('video').currentTime > 0.5", timeout=20_000)
+    app.shot("video")
+
+
+def test_a_nodes_help_page_opens(app) -> None:
+    app.load_template("exvideo_quickstart")
+    app.page.mouse.click(*app.place("ExVideoConditioning"))
+    info = app.page.locator("[data-testid=info-button], .selection-toolbox button:nth-child(2)").first
+    info.click()
+    app.page.get_by_text("amount of motion; higher moves more").first.wait_for()
+    app.shot("help")
+
+
+def test_a_failed_run_names_its_node_and_says_what_to_do(app) -> None:
+    app.load_template("exvideo_quickstart")
+    app.set("ExVideoConditioning", frames=130)
+    app.run()
+    app.page.wait_for_function("window.app.lastExecutionError", timeout=60_000)
+    app.page.wait_for_timeout(1500)
+    for details in ("View details", "Show Report"):  # newer and older frontends
+        if app.page.get_by_text(details).count():
+            app.page.get_by_text(details).first.click()
+    app.page.get_by_text("Lower the frame count to 128").first.wait_for()
+    failed = app.page.evaluate("window.app.graph.getNodeById(window.app.lastExecutionError.node_id).type")
+    assert failed == "KSampler"
+    app.shot("error")
+
+
+def test_a_workflow_file_is_dropped_on_the_canvas(app) -> None:
+    app.drop("mine.json", (FOLDER / "exvideo_long_video.json").read_bytes(), "application/json")
+    app.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoWindows')")
+    assert sorted(app.nodes()) == graph("exvideo_long_video")
+    assert app.missing() == []
+
+
+def test_a_saved_video_is_dropped_on_the_canvas_and_gives_its_graph_back(app, server) -> None:
+    app.load_template("exvideo_long_video")
+    app.set("ExVideoConditioning", width=64, height=64, **SHORT)
+    app.set("KSampler", steps=1)
+    app.run()
+    folder, deadline = server.output / "video", time.monotonic() + 120
+    while not (made := list(folder.glob("ExVideo_long_*.mp4"))) and time.monotonic() < deadline:
+        app.page.wait_for_timeout(500)
+    content = made[0].read_bytes()
+    app.page.evaluate("window.app.graph.clear()")
+    assert app.nodes() == []
+    app.drop("clip.mp4", content, "video/mp4")
+    app.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoWindows')")
+    assert sorted(app.nodes()) == graph("exvideo_long_video")
+    assert app.value("ExVideoConditioning", "frames") == 24
