@@ -36,12 +36,13 @@ class Row:
 
 def rows() -> list[Row]:
     found = [Row("stretch", "stretch"), Row("repeat", "repeat")]
-    kinds = [("sequential", anchor, noise) for anchor in ("window start", "first picture", "none") for noise in (0, 1)]
-    kinds += [(fuse, "window start", 0) for fuse in ("pyramid", "overlap-linear", "flat")]
-    kinds += [("pyramid", "first picture", 0), ("pyramid", "first picture", 1), ("pyramid", "none", 0)]
+    kinds = [("sequential", anchor, False) for anchor in ("window start", "first picture", "none")]
+    kinds += [(fuse, "window start", False) for fuse in ("pyramid", "overlap-linear", "flat")]
+    kinds += [("pyramid", anchor, False) for anchor in ("first picture", "none")]
+    kinds += [("sequential", "window start", True), ("pyramid", "first picture", True)]
     for fuse, anchor, noise in kinds:
         name = f"{fuse}, {anchor}{', recurring noise' if noise else ''}"
-        found.append(Row(name, windows={"fuse": fuse, "anchor": anchor, "recurring_noise": bool(noise)}))
+        found.append(Row(name, windows={"fuse": fuse, "anchor": anchor, "recurring_noise": noise}))
     return found
 
 

@@ -68,6 +68,31 @@ def fuse_weights(windows: list[list[int]], number: int, fuse: Fuse) -> torch.Ten
     return weights
 
 
+def hold_weights(windows: list[list[int]], number: int) -> torch.Tensor:
+    """How free each frame of a window is where windows before it are finished: 0 is held, 1 is to be made.
+
+    Of the frames that it begins with (and, where a loop closes, ends with), those farthest from its own are held: a
+    quarter. Over the rest the hold fades, so that what is there goes over into what is made.
+
+    Returns:
+        float32 [length of the window].
+    """
+    finished = {frame for window in windows[:number] for frame in window}
+    own = [at for at, frame in enumerate(windows[number]) if frame not in finished]
+    free = torch.ones(len(windows[number]))
+    if not own:
+        return torch.zeros_like(free)
+    free[: own[0]] = _fade(own[0])
+    free[own[-1] + 1 :] = _fade(len(free) - own[-1] - 1).flip(0)
+    return free
+
+
+def _fade(frames: int) -> torch.Tensor:
+    held = min(max(frames // 4, 1), frames)
+    fading = frames - held
+    return torch.cat([torch.zeros(held), torch.arange(1, fading + 1) / (fading + 1)])
+
+
 def recurring_noise(noise: torch.Tensor, window: int, overlap: int, seed: int) -> torch.Tensor:
     """Noise whose frames past the first window are those of the window before, shuffled (FreeNoise, Qiu et al. 2023).
 

@@ -20,16 +20,17 @@ def graph(name: str) -> list[str]:
 
 def test_the_template_browser_shows_every_workflow_with_its_picture(app) -> None:
     app.templates()
-    dialog = app.page.locator("[role=dialog]").first
     app.page.wait_for_timeout(1500)
     app.shot("templates")
-    pictures = dialog.locator("img")
-    for number in range(pictures.count()):  # they are loaded as they come into view
-        pictures.nth(number).scroll_into_view_if_needed()
-        app.page.wait_for_timeout(300)
-    # The pack's are 960 wide, the frontend's own placeholder is not.
-    count = "count => [...document.querySelectorAll('[role=dialog] img')].filter(i => i.naturalWidth === 960).length"
-    app.page.wait_for_function(f"{count} === count", arg=len(NAMES))
+    # The pack's pictures are 960 wide, the frontend's own placeholder is not. They are there while they are in view.
+    loaded = "[...document.querySelectorAll('[role=dialog] img')].filter(i => i.naturalWidth === 960).map(i => i.alt)"
+    seen = set(app.page.evaluate(loaded))
+    app.page.mouse.move(1000, 600)
+    for _ in range(6):
+        app.page.mouse.wheel(0, 300)
+        app.page.wait_for_timeout(400)
+        seen |= set(app.page.evaluate(loaded))
+    assert seen == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

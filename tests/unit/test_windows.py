@@ -7,7 +7,7 @@ import torch
 
 from exvideo_core.choices import FUSES
 from exvideo_core.keyframes import frame_indices
-from exvideo_core.windows import fuse_weights, recurring_noise, spans
+from exvideo_core.windows import fuse_weights, hold_weights, recurring_noise, spans
 
 
 @pytest.mark.parametrize("length", [129, 160, 200, 224, 225, 256, 1800])
@@ -63,6 +63,18 @@ def test_weights_are_positive_and_alike_from_both_sides(fuse: str) -> None:
     first, last = fuse_weights(windows, 0, fuse), fuse_weights(windows, len(windows) - 1, fuse)
     torch.testing.assert_close(first, last.flip(0))
     assert (first[:64] >= middle[:64]).all()  # the clip's own end is nothing to fade from
+
+
+def test_finished_frames_are_held_and_fade_towards_a_windows_own() -> None:
+    windows = spans(16, 10, 4)  # 0-9, 6-15
+    assert hold_weights(windows, 0).tolist() == [1] * 10
+    torch.testing.assert_close(hold_weights(windows, 1), torch.tensor([0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1, 1]))
+    loop = spans(24, 16, 4, closed_loop=True)  # 0-15, 12-23 and 0-3
+    assert loop == [[*range(16)], [*range(12, 24), *range(4)]]
+    fade = [0, 1 / 4, 2 / 4, 3 / 4]
+    torch.testing.assert_close(hold_weights(loop, 1), torch.tensor([*fade, *[1] * 8, *fade[::-1]]))
+    many = spans(30, 20, 14, closed_loop=True)  # a window that has nothing left to make
+    assert not hold_weights(many, len(many) - 1).any()
 
 
 def test_recurring_noise_repeats_groups_in_another_order() -> None:

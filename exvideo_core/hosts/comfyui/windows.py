@@ -18,7 +18,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...choices import Anchor, Fuse
-from ...windows import fuse_weights, recurring_noise, spans
+from ...windows import fuse_weights, hold_weights, recurring_noise, spans
 from .patch import applied_extension
 from .preview import play_while_sampling
 from .wrapping import check_svd, room_for, wrap
@@ -141,17 +141,19 @@ def _sampled(settings: Windows) -> Callable[..., torch.Tensor]:
         clip = torch.zeros_like(noise) if latent_image is None else latent_image.clone()
         mask = torch.ones_like(clip) if denoise_mask is None else denoise_mask.clone()
         for number, frames in enumerate(windows):
+            free = hold_weights(windows, number).to(mask).view(-1, 1, 1, 1)
+            if not free.any():  # where a loop closes, windows before it may have left nothing to make
+                continue
             anchor = guider.inner_model.process_latent_out(clip[frames[:1]]) if number else None
             options = _options_in_place(extra_args["model_options"], frames, len(clip))
             arguments = {**extra_args, "model_options": options}
             if arguments.get("seed") is not None:
                 arguments["seed"] += number  # samplers that add noise draw other noise in every window
             report = _reported(callback, clip, frames, number, len(windows))
-            held = None if denoise_mask is None and number == 0 else mask[frames]
+            held = None if denoise_mask is None and number == 0 else torch.minimum(mask[frames], free)
             with _conds_of(guider, frames, len(clip), settings.anchor, anchor):
                 made = executor(guider, sigmas, arguments, report, noise[frames], clip[frames], held, disable_pbar)
             clip[frames] = made.to(clip)
-            mask[frames] = 0
         return clip
 
     return wrapper
