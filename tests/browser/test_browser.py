@@ -81,6 +81,23 @@ def test_a_nodes_help_page_opens(app) -> None:
     app.shot("help")
 
 
+def test_nodes_speak_chinese_where_the_frontend_does(app) -> None:
+    app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        app.page.reload()
+        app.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=90_000)
+        app.page.wait_for_timeout(3000)
+        app.drop("mine.json", (FOLDER / "exvideo_long_video.json").read_bytes(), "application/json")
+        app.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoWindows')")
+        labels = app.page.evaluate(
+            "window.app.graph._nodes.find(node => node.type === 'ExVideoWindows').widgets.map(widget => widget.label)"
+        )
+        assert labels[:2] == ["窗口帧数", "重叠帧数"]
+        app.shot("chinese")
+    finally:
+        app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
+
+
 def test_a_failed_run_names_its_node_and_says_what_to_do(app) -> None:
     app.load_template("exvideo_quickstart")
     app.set("ExVideoConditioning", frames=130)

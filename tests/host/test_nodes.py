@@ -57,6 +57,20 @@ def test_every_node_has_a_help_page(nodes) -> None:
             assert f"`{item.id}`" in text, (page.name, item.id)
 
 
+def test_every_text_is_translated(nodes) -> None:
+    for folder in (PACK / "locales").iterdir():
+        texts = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+        assert set(texts) == {node.define_schema().node_id for node in nodes}
+        for node in nodes:
+            schema = node.define_schema()
+            found = texts[schema.node_id]
+            assert found["display_name"] and found["description"]
+            assert list(found["inputs"]) == [item.id for item in schema.inputs], (folder.name, schema.node_id)
+            assert list(found["outputs"]) == [str(number) for number in range(len(schema.outputs))]
+            for item in [*found["inputs"].values(), *found["outputs"].values()]:
+                assert item["name"] and item["tooltip"]
+
+
 def test_the_model_folder_takes_safetensors_only(nodes) -> None:
     import folder_paths
 
