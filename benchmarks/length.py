@@ -22,6 +22,7 @@ from . import report
 from .method_measures import interval
 
 STEPS = 8
+FADE = 12  # of the held frames of a continued clip
 _NEAR_WALL = 0.01
 
 
@@ -77,7 +78,7 @@ class Maker:
             model = with_windows(model, Windows(**row.windows))
         latent = {"samples": torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)}
         if held is not None:
-            latent = pixels.hold_frames(self.vae, latent, torch.from_numpy(held), list(range(len(held))))
+            latent = pixels.hold_frames(self.vae, latent, torch.from_numpy(held), list(range(len(held))), FADE)
         noise = comfy.sample.prepare_noise(latent["samples"], index)
         made = comfy.sample.sample(
             model, noise, STEPS, 1.0, "euler", "karras", positive, negative, latent["samples"],
@@ -120,8 +121,11 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--clips", type=int, default=6)
     parser.add_argument("--frames", type=int, nargs="+", default=[192, 256])
+    parser.add_argument("--joints-only", action="store_true", help="only loops and continued clips")
     options = parser.parse_args()
     maker, table = Maker(), []
+    if options.joints_only:
+        options.frames = []
     for frames in options.frames:
         borders = _borders(frames)
         for row in rows():
@@ -131,9 +135,14 @@ def main() -> int:
                 found.append(figures(clip, maker.clip(row, index, frames), borders))
             table.append({"frames": frames, "way": row.name, "clips": options.clips, **_means(found)})
             print(report.markdown(table[-1:]).splitlines()[-1], flush=True)
-    report.write("length", table)
-    report.write("length_joints", [_loops(maker, options.clips), _continuations(maker, options.clips)])
+    if table:
+        report.write("length", table)
+    _write_joints(maker, options.clips)
     return 0
+
+
+def _write_joints(maker: Maker, clips: int) -> None:
+    report.write("length_joints", [_loops(maker, clips), _continuations(maker, clips)])
 
 
 def _borders(frames: int) -> list[int]:
@@ -170,13 +179,13 @@ def _continuations(maker: Maker, clips: int, frames: int = 128, overlap: int = 1
         if (ways == np.where(clip.kind == 0, 1, -1)).all():
             first = maker.clip(Row("first"), index, frames)
             second = maker.clip(Row("second"), index, frames, held=first[-overlap:])
-            half, own = overlap // 2, steps(first).max()
-            both = np.concatenate([first[:-half], second[half:]])
-            joined.append(float(steps(both)[frames - half - 1 : frames + 1].max() / own))
+            own = steps(first).max()
+            both = np.concatenate([first[:-FADE], second[overlap - FADE :]])
+            joined.append(float(steps(both)[frames - FADE - 2 : frames + 1].max() / own))
             free = maker.clip(Row("free"), index, frames, held=first[-1:])
             cut.append(float(steps(np.concatenate([first, free[1:]]))[frames - 2 : frames + 1].max() / own))
         index += 1
-    return _joint("clip continued from 16 held frames; left open: from its last one", joined, cut)
+    return _joint("clip continued from 16 frames, 12 of them fading; left open: from its last one", joined, cut)
 
 
 def _joint(what: str, closed: list[float], left_open: list[float]) -> dict[str, object]:

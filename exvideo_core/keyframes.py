@@ -33,6 +33,30 @@ def frame_indices(text: str, frames: int) -> list[int]:
     return found
 
 
+def free_share(indices: list[int], frames: int, fade: int) -> list[float]:
+    """How free each frame of a clip is: 0 is held, 1 is to be made.
+
+    Args:
+        indices: frames that are given.
+        frames: of the clip.
+        fade: last frames of a run of given ones over which the hold fades, where free ones follow. A run's first frame
+            is always held.
+    """
+    free = [1.0] * frames
+    given = set(indices)
+    for start in given:
+        if start - 1 in given:
+            continue
+        end = start
+        while end in given:
+            free[end] = 0.0
+            end += 1
+        fading = min(fade, end - start - 1) if end < frames else 0
+        for step in range(fading):
+            free[end - fading + step] = (step + 1) / (fading + 1)
+    return free
+
+
 def _frame(number: str, frames: int) -> int:
     frame = int(number)
     if not -frames <= frame < frames:

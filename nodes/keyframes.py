@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from .types import MAX_FRAMES
+
 if TYPE_CHECKING:
     import torch
     from comfy.sd import VAE
@@ -34,6 +36,15 @@ class ExVideoKeyframes(io.ComfyNode):
                     default="0",
                     tooltip="Frames to fix: numbers from 0, or from the end as -1, and ranges, such as '0-15, 64, -1'.",
                 ),
+                io.Int.Input(
+                    "fade_frames",
+                    default=0,
+                    min=0,
+                    max=MAX_FRAMES,
+                    optional=True,
+                    tooltip="Where several frames in a row are given: over so many of the last of them the hold fades, "
+                    "so that they go over into what is made. For going on from a clip.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -44,9 +55,11 @@ class ExVideoKeyframes(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae: VAE, latent: dict[str, Any], images: torch.Tensor, frame_indices: str) -> io.NodeOutput:
+    def execute(
+        cls, vae: VAE, latent: dict[str, Any], images: torch.Tensor, frame_indices: str, fade_frames: int = 0
+    ) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.pixels import hold_frames
         from ..exvideo_core.keyframes import frame_indices as parse
 
         frames = parse(frame_indices, len(latent["samples"]))
-        return io.NodeOutput(hold_frames(vae, latent, images, frames))
+        return io.NodeOutput(hold_frames(vae, latent, images, frames, fade_frames))

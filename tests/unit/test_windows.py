@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exvideo_core.choices import FUSES
-from exvideo_core.keyframes import frame_indices
+from exvideo_core.keyframes import frame_indices, free_share
 from exvideo_core.windows import fuse_weights, hold_weights, recurring_noise, spans
 
 
@@ -107,3 +107,10 @@ def test_frames_are_named_by_numbers_and_ranges(text: str, expected: list[int]) 
 def test_other_texts_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         frame_indices(text, 128)
+
+
+def test_given_frames_are_held_and_a_run_fades_into_free_ones() -> None:
+    assert free_share([0, 1, 2, 3, 7], 8, 0) == [0, 0, 0, 0, 1, 1, 1, 0]
+    assert free_share([0, 1, 2, 3, 7], 8, 3) == [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 0]
+    # Never the first of a run, and not where the clip ends behind it.
+    assert free_share([0, 1, 5, 6, 7], 8, 9) == [0, 1 / 2, 1, 1, 1, 0, 0, 0]

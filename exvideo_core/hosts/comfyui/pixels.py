@@ -13,6 +13,7 @@ import torch
 
 from ... import imaging
 from ...choices import Blend
+from ...keyframes import free_share
 from .decoder import decode_chunk
 
 Conditioning = list[list[Any]]
@@ -106,7 +107,9 @@ def decode(
     return video
 
 
-def hold_frames(vae: comfy.sd.VAE, latent: dict[str, Any], images: torch.Tensor, frames: list[int]) -> dict[str, Any]:
+def hold_frames(
+    vae: comfy.sd.VAE, latent: dict[str, Any], images: torch.Tensor, frames: list[int], fade: int = 0
+) -> dict[str, Any]:
     """A latent whose given frames are pictures that sampling keeps.
 
     Reference: the `mask_frames` of `SVDVideoPipeline.__call__`, which at every step puts the noised picture in a given
@@ -115,6 +118,7 @@ def hold_frames(vae: comfy.sd.VAE, latent: dict[str, Any], images: torch.Tensor,
     Args:
         latent: the host's latent of a clip; frames that it holds already stay held.
         images: a picture for each frame [N, H, W, C] in 0..1, cut and scaled to the clip's size.
+        fade: as in `keyframes.free_share`.
 
     Raises:
         ValueError: there are more or fewer pictures than frames, and not a single one for all.
@@ -131,5 +135,6 @@ def hold_frames(vae: comfy.sd.VAE, latent: dict[str, Any], images: torch.Tensor,
     mask = torch.ones(count, 1, height, width)
     if latent.get("noise_mask") is not None:
         mask = comfy.utils.reshape_mask(latent["noise_mask"], mask.shape).clone().to(mask)
-    mask[frames] = 0
+    free = torch.tensor(free_share(frames, count, fade)).view(-1, 1, 1, 1)
+    mask[frames] = torch.minimum(mask, free)[frames]
     return {**latent, "samples": samples, "noise_mask": mask}

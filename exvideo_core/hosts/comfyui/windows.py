@@ -148,7 +148,8 @@ def _sampled(settings: Windows) -> Callable[..., torch.Tensor]:
             options = _options_in_place(extra_args["model_options"], frames, len(clip))
             arguments = {**extra_args, "model_options": options}
             if arguments.get("seed") is not None:
-                arguments["seed"] += number  # samplers that add noise draw other noise in every window
+                # Samplers that add noise draw other noise in every window.
+                arguments["seed"] = (arguments["seed"] + number) % 2**64
             report = _reported(callback, clip, frames, number, len(windows))
             held = None if denoise_mask is None and number == 0 else torch.minimum(mask[frames], free)
             with _conds_of(guider, frames, len(clip), settings.anchor, anchor):
