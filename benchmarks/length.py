@@ -22,7 +22,7 @@ from . import report
 from .method_measures import interval
 
 STEPS = 8
-FADE = 12  # of the held frames of a continued clip
+FADE = 3  # of the held frames of a continued clip
 _NEAR_WALL = 0.01
 
 
@@ -167,7 +167,7 @@ def _loops(maker: Maker, clips: int) -> dict[str, object]:
     return _joint("closed loop of 192 frames, last to first; left open: without closed_loop", closed, left_open)
 
 
-def _continuations(maker: Maker, clips: int, frames: int = 128, overlap: int = 16) -> dict[str, object]:
+def _continuations(maker: Maker, clips: int, frames: int = 128, overlap: int = 4) -> dict[str, object]:
     """The largest step around the joint of a continued clip, against the largest of the clip that it goes on from.
 
     Only of clips that set out again as clips of this world do: disks to the right, squares to the left.
@@ -181,11 +181,11 @@ def _continuations(maker: Maker, clips: int, frames: int = 128, overlap: int = 1
             second = maker.clip(Row("second"), index, frames, held=first[-overlap:])
             own = steps(first).max()
             both = np.concatenate([first[:-FADE], second[overlap - FADE :]])
-            joined.append(float(steps(both)[frames - FADE - 2 : frames + 1].max() / own))
+            joined.append(float(steps(both)[frames - overlap - 1 : frames + 1].max() / own))
             free = maker.clip(Row("free"), index, frames, held=first[-1:])
             cut.append(float(steps(np.concatenate([first, free[1:]]))[frames - 2 : frames + 1].max() / own))
         index += 1
-    return _joint("clip continued from 16 frames, 12 of them fading; left open: from its last one", joined, cut)
+    return _joint("clip continued from 4 frames, 3 of them fading; left open: from its last one", joined, cut)
 
 
 def _joint(what: str, closed: list[float], left_open: list[float]) -> dict[str, object]:

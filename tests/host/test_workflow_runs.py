@@ -23,7 +23,7 @@ SMALL = {
 }
 #: What a workflow's length and size become: frames, width and height.
 CLIP, LONG = (24, 64), (40, 64)
-OLD, HELD = 32, 16  # frames of a clip to go on from, and how many of them are held
+OLD, HELD = 32, 4  # frames of a clip to go on from, and how many of them are held
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def small(name: str) -> dict:
             inputs.update({"width": size * (1 + doubled), "height": size * (1 + doubled)})
         if kind == "ExVideoConditioning":
             inputs["frames"] = frames
-        if kind == "ImageFromBatch" and inputs["batch_index"] == 112:
+        if kind == "ImageFromBatch" and inputs["batch_index"] == 124:
             inputs["batch_index"] = OLD - HELD
-        if kind == "ImageFromBatch" and inputs["length"] == 116:
-            inputs["length"] = OLD - HELD + 4
+        if kind == "ImageFromBatch" and inputs["length"] == 125:
+            inputs["length"] = OLD - HELD + 1
     return graph
 
 
@@ -129,7 +129,7 @@ def test_cancelled_in_the_middle_of_a_window_the_server_goes_on(server) -> None:
     ("kind", "changes", "message"),
     [
         ("ExVideoKeyframes", {"frame_indices": "0-99"}, "frame_indices names frame 99"),
-        ("ExVideoKeyframes", {"frame_indices": "0-3"}, "16 images are given for the 4 frames"),
+        ("ExVideoKeyframes", {"frame_indices": "0-2"}, "4 images are given for the 3 frames"),
         ("ExVideoWindows", {"window_frames": 129}, "Lower window_frames to 128"),
         ("ExVideoWindows", {"overlap_frames": 16}, "smaller than the window"),
         ("ExVideoWindows", {"closed_loop": True, "overlap_frames": 30, "window_frames": 64}, "20 or less"),
