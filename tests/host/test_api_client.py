@@ -66,7 +66,10 @@ def test_ctrl_c_cancels_the_run_on_the_server(server, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (64, 64)).save(picture)
     arguments = command(server, "--image", picture, "--set", "KSampler.steps=2000", "--to", tmp_path)
-    client = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    # A background job's children ignore the signal, unless told otherwise.
+    client = subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     assert client.stderr is not None
     while "KSampler" not in client.stderr.read(1) + client.stderr.read(8):
         pass

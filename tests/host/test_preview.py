@@ -51,14 +51,14 @@ def player(steps: int = 4) -> Player:
 def test_frames_are_shown_in_turn_and_progress_never_runs_back(messages) -> None:
     watched, clip = player(), brightening(12)
     for step in range(2):
-        time.sleep(0.6)  # a step; a hundredth of it may go into pictures
+        time.sleep(1.0)  # a step; half a hundredth of it may go into pictures
         watched.step(step, clip, clip, 4)
-    time.sleep(1.2)
+    time.sleep(2.0)
     watched.stop()
     count = len(messages)
     assert [value for value, *_ in messages] == sorted(value for value, *_ in messages)
     shown = [mean for _, _, mean, thread in messages if thread == "exvideo_preview"]
-    assert len(shown) >= 6 and len(set(shown)) >= 5
+    assert len(shown) >= 3 and len(set(shown)) >= 3
     time.sleep(0.3)
     assert len(messages) == count  # nothing more once it is stopped
 
@@ -66,9 +66,9 @@ def test_frames_are_shown_in_turn_and_progress_never_runs_back(messages) -> None
 def test_windows_that_are_still_to_come_are_not_shown(messages) -> None:
     watched, clip = player(), brightening(12)
     clip[6:] = 0
-    time.sleep(0.6)
+    time.sleep(1.0)
     watched.step(0, clip, clip, 4)
-    time.sleep(1.2)
+    time.sleep(2.0)
     watched.stop()
     empty = latent_preview.get_previewer(torch.device("cpu"), SD15()).decode_latent_to_preview(torch.zeros(1, 4, 8, 8))
     grey = sum(empty.convert("L").tobytes()) / empty.width
@@ -94,7 +94,7 @@ def test_a_cancellation_that_the_preview_hears_of_reaches_the_sampler(monkeypatc
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
     monkeypatch.setattr(comfy.cli_args.args, "preview_method", latent_preview.LatentPreviewMethod.Auto)
     watched, clip = player(), brightening(12)
-    time.sleep(0.6)
+    time.sleep(1.0)
     watched.step(0, clip, clip, 4)
     comfy.model_management.interrupt_current_processing()
     watched._thread.join(5)
