@@ -175,8 +175,7 @@ def _continuations(maker: Maker, clips: int, frames: int = 128, overlap: int = 4
     joined, cut, index = [], [], 0
     while len(joined) < clips:
         clip = world.sample(world.HELD_OUT + index)
-        ways = np.sign(np.diff(clip.path(frames + 8), axis=0)[frames - overlap :])
-        if (ways == np.where(clip.kind == 0, 1, -1)).all():
+        if clip.sets_out_at(frames - overlap, overlap + 8):
             first = maker.clip(Row("first"), index, frames)
             second = maker.clip(Row("second"), index, frames, held=first[-overlap:])
             own = steps(first).max()

@@ -64,6 +64,14 @@ class Clip:
         phase = (start[None] + self.speed * np.arange(frames)[:, None]) % (2 * span)
         return LEFT + np.where(phase <= span, phase, 2 * span - phase)
 
+    def sets_out_at(self, frame: int, frames: int) -> bool:
+        """Whether its shapes move, for some frames from this one on, as those of a clip that begins there.
+
+        A model takes a clip's first frame for where its shapes are heading: only such a clip can be gone on from.
+        """
+        ways = np.sign(np.diff(self.path(frame + frames), axis=0)[frame:])
+        return bool((ways == np.where(self.kind == 0, 1, -1)).all())
+
 
 def sample(seed: int) -> Clip:
     """The clip of a seed. Training uses seeds from 0 up, held-out clips those from `HELD_OUT` up."""

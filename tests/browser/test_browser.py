@@ -11,7 +11,6 @@ from runner.hosts import PACK
 
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-SHORT = {"frames": 24}
 
 
 def graph(name: str) -> list[str]:
@@ -120,7 +119,7 @@ def test_a_workflow_file_is_dropped_on_the_canvas(app) -> None:
 
 def test_a_saved_video_is_dropped_on_the_canvas_and_gives_its_graph_back(app, server) -> None:
     app.load_template("exvideo_long_video")
-    app.set("ExVideoConditioning", width=64, height=64, **SHORT)
+    app.set("ExVideoConditioning", width=64, height=64, frames=24)
     app.set("KSampler", steps=1)
     app.run()
     folder, deadline = server.output / "video", time.monotonic() + 120

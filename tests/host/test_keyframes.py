@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
 import comfy.sample
-import numpy as np
 import pytest
 import torch
 
@@ -62,25 +63,12 @@ def test_given_frames_come_back_and_the_others_are_free(small) -> None:
     assert (made[free] - unheld[free]).abs().mean() > 1e-3  # and led by what is given
 
 
-def continuable(frames: int, overlap: int) -> list[int]:
-    """Held-out clips whose shapes move, at the overlap, as clips of this world set out: disks right, squares left.
-
-    The model takes a clip's first frame for where it is heading, so no other can be gone on from.
-    """
-    found = []
-    for seed in range(100):
-        clip = world.sample(world.HELD_OUT + seed)
-        ways = np.sign(np.diff(clip.path(frames + 8), axis=0)[frames - overlap :])
-        if (ways == np.where(clip.kind == 0, 1, -1)).all():
-            found.append(seed)
-    return found
-
-
 def test_a_continued_clip_has_no_jump_at_the_joint(small) -> None:
     """Steps around the joint, joined as the workflow does, against the largest step of the clip that is continued."""
     frames, overlap, fade, ratios = 128, 4, 3, []
-    for seed in continuable(frames, overlap)[:3]:
-        clip, vae = world.sample(world.HELD_OUT + seed), small[2]
+    clips = (world.sample(world.HELD_OUT + seed) for seed in itertools.count())
+    for clip in itertools.islice((clip for clip in clips if clip.sets_out_at(frames - overlap, overlap + 8)), 3):
+        vae = small[2]
         first = pixels.decode(vae, sample(small, clip, pictures(clip, 1), empty(frames)), 24, 12, "smooth")
         latent = pixels.hold_frames(vae, empty(frames), first[-overlap:], list(range(overlap)), fade)
         second = pixels.decode(vae, sample(small, clip, first[-overlap:][:1], latent), 24, 12, "smooth")
@@ -88,9 +76,9 @@ def test_a_continued_clip_has_no_jump_at_the_joint(small) -> None:
         steps = (joined[1:] - joined[:-1]).abs().mean((1, 2, 3))
         joint = steps[frames - overlap - 1 : frames + 1].max()
         own = (first[1:] - first[:-1]).abs().mean((1, 2, 3)).max()
-        print(f"clip {seed}: largest step at the joint {joint:.4f}, of the clip itself {own:.4f}")
+        print(f"largest step at the joint {joint:.4f}, of the clip itself {own:.4f}")
         ratios.append(float(joint / own))
-    assert np.mean(ratios) < 1
+    assert max(ratios) < 1
 
 
 def test_nodes_may_follow_one_another_and_one_picture_serves_all(small) -> None:

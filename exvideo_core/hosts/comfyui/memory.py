@@ -16,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample,
 from ... import chunks
 from ...skips import Skip
 from .resblock import BoundedDownsample, BoundedResBlock, BoundedUpsample
+from .wrapping import wrap
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -106,8 +107,7 @@ def configure(patched: ModelPatcher, settings: MemorySettings) -> None:
         (wrappers.DIFFUSION_MODEL, _call(settings)),
         (wrappers.PREPARE_SAMPLING, estimate.prepare),
     ):
-        patched.remove_wrappers_with_key(kind, _KEY)
-        patched.add_wrapper_with_key(kind, _KEY, wrapper)
+        wrap(patched, kind, _KEY, wrapper, first=False)
 
 
 @dataclass(frozen=True)

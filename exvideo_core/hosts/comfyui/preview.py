@@ -20,6 +20,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from PIL import ImageOps
 
+from .wrapping import wrap
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from PIL.Image import Image
@@ -33,8 +35,7 @@ _MOST_PICTURES = 128
 
 def play_while_sampling(patched: ModelPatcher) -> None:
     """Give a clone the preview. It follows the user's own choice of previews, and is off where they are off."""
-    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, _KEY)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _watched)
+    wrap(patched, WrappersMP.OUTER_SAMPLE, _KEY, _watched, first=False)
 
 
 def _watched(
@@ -76,7 +77,7 @@ class Player:
         self._pictures: list[Image] = []
         self._format: tuple[str, int | None] = ("JPEG", None)
         self._progress = (0, 1)
-        self._rest = 1 / _PER_SECOND
+        self._rest: float | None = None  # between pictures; known once one has been encoded
         self._allowance, self._since, self._cost = 0.0, time.perf_counter(), 0.0
         self._thread: threading.Thread | None = None
 
@@ -110,7 +111,8 @@ class Player:
         self._pictures = [picture, *(self._previewer.decode_latent_to_preview(denoised[i][None]) for i in chosen)]
         self._format = (kind, most)
         self._cost = time.perf_counter() - began
-        self._rest = max(1 / _PER_SECOND, _seconds_to_send(picture, kind, most) / _SENDING)
+        if self._rest is None:
+            self._rest = max(1 / _PER_SECOND, _seconds_to_send(picture, kind, most) / _SENDING)
 
     def _play(self) -> None:
         shown = 0

@@ -1,4 +1,4 @@
-"""What windows and tiles share: how a clone of a model gets its wrappers."""
+"""How a clone of an SVD model gets its wrappers."""
 
 from __future__ import annotations
 
