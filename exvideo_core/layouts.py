@@ -22,6 +22,9 @@ SVD_TRANSFORMERS: tuple[str, ...] = (
     *(f"output_blocks.{i}.1" for i in range(3, 12)),
 )
 
+#: Metadata of a checkpoint that give sizes its shapes cannot tell, with SVD's own values.
+METADATA_DEFAULTS = {"exvideo.num_head_channels": 64, "exvideo.clip_num_attention_heads": 16}
+
 POSITIONS = "positional_embedding.embeddings"
 CONV_WEIGHT = "positional_conv.weight"
 CONV_BIAS = "positional_conv.bias"

@@ -62,7 +62,19 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise ModelFileError(path, "has a damaged safetensors header.", again) from error
     if 8 + length + end > size:
         raise ModelFileError(path, f"is cut off: {size:,} bytes of {8 + length + end:,}.", again)
+    _check_as_the_library_does(path, again)
     return Header(shapes, dtypes, metadata)
+
+
+def _check_as_the_library_does(path: str | os.PathLike[str], again: str) -> None:
+    """Offsets that leave no gap, types that exist, a size that is the tensors': what loading would find later."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(path, f"is damaged: {error}.", again) from error
 
 
 class _DuplicateKey(Exception):

@@ -116,18 +116,28 @@ class Server:
             raise ServerError(f"upload of {path.name} failed: {answer}")
         return str(answer["name"])
 
-    def run(self, prompt: Prompt, on_progress: ProgressCallback | None = None, timeout: float = 600) -> Result:
-        """Queue an API-format prompt and wait for its end.
+    def run(
+        self,
+        prompt: Prompt,
+        on_progress: ProgressCallback | None = None,
+        timeout: float = 600,
+        on_queued: Callable[[str], None] | None = None,
+    ) -> Result:
+        """Queue an API-format prompt and wait for its end. Threads may run prompts side by side, each a client.
 
         Args:
             on_progress: called with node id, step and number of steps.
+            on_queued: called with the prompt's id.
         """
-        return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress), timeout))
+        return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress, on_queued), timeout))
 
-    def interrupt(self) -> None:
-        self.post("/interrupt")
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Cancel what runs, or this prompt if it is what runs."""
+        self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else None)
 
-    async def _run(self, prompt: Prompt, on_progress: ProgressCallback | None) -> Result:
+    async def _run(
+        self, prompt: Prompt, on_progress: ProgressCallback | None, on_queued: Callable[[str], None] | None
+    ) -> Result:
         client = uuid.uuid4().hex
         async with (
             aiohttp.ClientSession(self.url) as session,
@@ -138,6 +148,8 @@ class Server:
             if response.status != 200:
                 return Result("invalid", error=answer)
             prompt_id = answer["prompt_id"]
+            if on_queued is not None:
+                on_queued(prompt_id)
             async for message in socket_:
                 if message.type != aiohttp.WSMsgType.TEXT:
                     continue

@@ -99,6 +99,20 @@ def random_weight(name, shape, generator):  # noqa: ANN001, ANN201
 
 def _checkpoint(generator):  # noqa: ANN001, ANN202
     """A whole SVD checkpoint in float32, named as the host's loader expects it."""
+    shapes = checkpoint_shapes(UNET, VAE, CLIP)
+    return {name: random_weight(name, shape, generator) for name, shape in shapes.items()}
+
+
+def svd_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint of SVD's own sizes."""
+    unet = {**UNET, "model_channels": 320, "channel_mult": [1, 2, 4, 4], "context_dim": 1024, "num_head_channels": 64}
+    clip = {**CLIP, "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32,
+            "projection_dim": 1024}  # fmt: skip
+    return checkpoint_shapes(unet, {**VAE, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}, clip)
+
+
+def checkpoint_shapes(unet_sizes: dict, vae_sizes: dict, clip_sizes: dict) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a checkpoint: what the host's classes hold, under the file's names."""
     import comfy.clip_model
     import comfy.ldm.models.autoencoder
     import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
@@ -106,24 +120,23 @@ def _checkpoint(generator):  # noqa: ANN001, ANN202
     import torch
 
     ops = comfy.ops.manual_cast
-    unet = openaimodel.UNetModel(**UNET, dtype=torch.float32, device="cpu", operations=ops)
-    vae = comfy.ldm.models.autoencoder.AutoencodingEngine(
-        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
-        encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": VAE},
-        decoder_config={
-            "target": "comfy.ldm.modules.temporal_ae.VideoDecoder",
-            "params": {**VAE, "video_kernel_size": [3, 1, 1], "alpha": 0.0},
-        },
-    )
-    clip = comfy.clip_model.CLIPVisionModelProjection(CLIP, torch.float32, "cpu", ops)
-    tensors = {}
+    with torch.device("meta"):
+        unet = openaimodel.UNetModel(**unet_sizes, dtype=torch.float32, device="meta", operations=ops)
+        vae = comfy.ldm.models.autoencoder.AutoencodingEngine(
+            regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+            encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": vae_sizes},
+            decoder_config={
+                "target": "comfy.ldm.modules.temporal_ae.VideoDecoder",
+                "params": {**vae_sizes, "video_kernel_size": [3, 1, 1], "alpha": 0.0},
+            },
+        )
+        clip = comfy.clip_model.CLIPVisionModelProjection(clip_sizes, torch.float32, "meta", ops)
+    shapes = {}
     for prefix, module in (("model.diffusion_model.", unet), ("first_stage_model.", vae)):
-        for name, value in module.state_dict().items():
-            tensors[prefix + name] = random_weight(name, value.shape, generator)
-    for name, value in _open_clip({n: v.shape for n, v in clip.state_dict().items()}).items():
-        key = f"conditioner.embedders.0.open_clip.model.visual.{name}"
-        tensors[key] = random_weight(name, value, generator)
-    return tensors
+        shapes |= {prefix + name: tuple(value.shape) for name, value in module.state_dict().items()}
+    encoder = {name: tuple(value.shape) for name, value in clip.state_dict().items()}
+    prefix = "conditioner.embedders.0.open_clip.model.visual."
+    return shapes | {prefix + name: shape for name, shape in _open_clip(encoder).items()}
 
 
 def _open_clip(shapes):  # noqa: ANN001, ANN202
@@ -139,7 +152,8 @@ def _open_clip(shapes):  # noqa: ANN001, ANN202
     for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
         for parameter in ("weight", "bias"):
             renamed[f"{ours}.{parameter}"] = shapes[f"{v}{theirs}.{parameter}"]
-    for layer in range(CLIP["num_hidden_layers"]):
+    layers = {name.split(".")[3] for name in shapes if name.startswith(f"{v}encoder.layers.")}
+    for layer in range(len(layers)):
         old, new = f"{v}encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
         renamed[f"{new}attn.in_proj_weight"] = (3 * width, width)
         renamed[f"{new}attn.in_proj_bias"] = (3 * width,)

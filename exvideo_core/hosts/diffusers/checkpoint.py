@@ -11,11 +11,10 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ...layouts import METADATA_DEFAULTS
 from ...safetensors_header import ModelFileError, read_header
 from . import names
 
-#: Sizes that shapes cannot tell, with SVD's own values: metadata of the file may give others.
-METADATA_DEFAULTS = {"exvideo.num_head_channels": 64, "exvideo.clip_num_attention_heads": 16}
 SCALING_FACTOR = 0.18215  # of SVD's latents
 _SOURCE = "Use an SVD checkpoint, such as svd_xt.safetensors, or a diffusers folder of it."
 

@@ -1,0 +1,306 @@
+"""Hundreds of mixed prompts from two clients on one server, with cancellations and errors among them.
+
+    python run.py bench soak [--prompts 300] [--seed 0]
+
+A third of the prompts is cancelled or made to fail: cancelled after a random step, refused for wrong inputs, stopped by
+a bad file or impossible lengths, or by an exception (one in two an out-of-memory error) that a node injects into the
+middle of sampling. All others have to give to the bit what another server, that had seen nothing else, gave for them.
+Memory, files and threads are the server's, at the end against after a sixth of the prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from runner.hosts import PACK, Host
+from runner.server import Prompt, Result, Server
+from small_model import recipe
+
+from . import report
+
+QUICKSTART = PACK / "workflows" / "api" / "exvideo_quickstart.json"
+MIB = 2**20
+CLIENTS = 2
+FAULT = """
+class SoakFault:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "call": ("INT",), "kind": ("STRING",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "apply", "soak"
+
+    def apply(self, model, call, kind):
+        import comfy.model_management
+        seen = iter(range(10**9))
+        def wrapper(run, options):
+            if next(seen) == call:
+                error = comfy.model_management.OOM_EXCEPTION if kind == "memory" else RuntimeError
+                raise error("injected")
+            return run(options["input"], options["timestep"], **options["c"])
+        model = model.clone()
+        model.set_model_unet_function_wrapper(wrapper)
+        return (model,)
+
+NODE_CLASS_MAPPINGS = {"SoakFault": SoakFault}
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and how it ends: `good` (as its kind), `cancelled`, `invalid`, or `error` on a node of that type."""
+
+    kind: str
+    graph: Prompt
+    expected: str
+    node_type: str = ""
+    after: int = 0  # steps before it is cancelled
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="run.py bench soak", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    host = Host(Path(os.environ["EXVIDEO_HOST"]))
+    rng = random.Random(options.seed)
+    with _server(host) as server:
+        references = {kind: _digest(server, server.run(make())) for kind, make in GOOD.items()}
+    if len(set(references.values())) != len(references):
+        print("two kinds of prompt give the same result: nothing would be told apart", file=sys.stderr)
+        return 1
+    cases = [_case(rng) for _ in range(options.prompts)]
+    counts: Counter[str] = Counter()
+    faults: list[str] = []
+    with _server(host) as server:
+        assert server.process is not None
+        process = psutil.Process(server.process.pid)
+        usage: list[tuple[float, int, int]] = []
+        began = time.monotonic()
+
+        def one(case: Case) -> None:
+            problem = _run(server, case, references)
+            usage.append((process.memory_info().rss / MIB, process.num_fds(), process.num_threads()))
+            counts[case.expected] += 1
+            if problem:
+                faults.append(f"{case.kind}, {case.expected}: {problem}")
+                print(faults[-1], flush=True)
+            if len(usage) % 50 == 0:
+                print(f"{len(usage)} prompts, {time.monotonic() - began:.0f} s, {usage[-1][0]:.0f} MiB", flush=True)
+
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            list(clients.map(one, cases))
+        left = [str(path.relative_to(server.base)) for path in server.output.rglob("*") if path.is_file()]
+        failures = server.log().count("Traceback")
+    settled, steps = options.prompts // 6, np.arange(options.prompts)
+    memory = np.array([row[0] for row in usage])
+    row = {
+        "ComfyUI": host.version, "prompts": options.prompts, "clients": CLIENTS,
+        **{name: counts[name] for name in ("good", "cancelled", "invalid", "error")}, "wrong": len(faults),
+        "files_left": len(left),
+        "MiB_after_a_sixth": round(float(np.median(memory[settled : settled + 10]))),
+        "MiB_at_the_end": round(float(np.median(memory[-10:]))),
+        "MiB_more_every_100_prompts": round(float(np.polyfit(steps[settled:], memory[settled:], 1)[0] * 100), 2),
+        "open_files": [max(r[1] for r in usage[settled : settled + 10]), max(r[1] for r in usage[-10:])],
+        "threads": [max(r[2] for r in usage[settled : settled + 10]), max(r[2] for r in usage[-10:])],
+        "tracebacks_in_log": failures, "seconds": round(time.monotonic() - began),
+    }  # fmt: skip
+    report.write(f"soak_{host.version}", [row])
+    print(report.markdown([row]), *left, sep="\n")
+    return int(bool(faults or left))
+
+
+_fresh = itertools.count(1)
+
+
+def _graph(steps: int = 2, frames: int = 8, **changes: dict[str, Any]) -> Prompt:
+    """The quickstart, shorter, ending in lossless pictures.
+
+    A new seed of noise of strength 0 changes nothing but makes the host run it again.
+    """
+    graph: Prompt = json.loads(QUICKSTART.read_text(encoding="utf-8"))
+    for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
+        del graph[key]
+    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": ["9", 0], "filename_prefix": "frame"}}
+    changes = {
+        "ExVideoConditioning": {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)},
+        "KSampler": {"steps": steps},
+        **changes,
+    }
+    for node in graph.values():
+        node["inputs"].update(changes.get(node["class_type"], {}))
+    return graph
+
+
+def _patched(node: str, frames: int = 8, steps: int = 2, **inputs: Any) -> Prompt:  # noqa: ANN401 - a node's inputs
+    """With one more node between ExVideoApply and the sampler."""
+    graph = _graph(steps, frames)
+    graph["4"]["inputs"]["model"] = ["more", 0]
+    graph["more"] = {"class_type": node, "inputs": {"model": ["3", 0], **inputs}}
+    return graph
+
+
+def _windows(fuse: str) -> Prompt:
+    return _patched("ExVideoWindows", 24, window_frames=12, overlap_frames=4, fuse=fuse, freenoise=False)
+
+
+def _unpatched() -> Prompt:
+    graph = _graph()
+    graph["4"]["inputs"]["model"] = ["1", 0]
+    del graph["2"], graph["3"]
+    return graph
+
+
+def _keyframes() -> Prompt:
+    graph = _graph()
+    graph["other"] = {"class_type": "ExVideoExamplePicture", "inputs": {"seed": 10_000_001}}
+    graph["keys"] = {"class_type": "ExVideoKeyframes", "inputs": {
+        "vae": ["1", 2], "latent": ["6", 2], "images": ["other", 0], "frame_indices": "-1"}}  # fmt: skip
+    graph["7"]["inputs"]["latent_image"] = ["keys", 0]
+    return graph
+
+
+def _into_file() -> Prompt:
+    graph = _graph()
+    del graph["save"]
+    more = {"fps": 30, "codec": "ffv1 (lossless)", "quality": 17, "filename_prefix": "clip"}
+    graph["9"] = {"class_type": "ExVideoSaveVideo", "inputs": {**graph["9"]["inputs"], **more}}
+    return graph
+
+
+def _new_extension() -> Prompt:
+    name = f"new{next(_fresh)}"  # else the host answers from its cache
+    return {
+        "1": {"class_type": "ExVideoCheckpointLoader", "inputs": {"ckpt_name": recipe.CHECKPOINT.name}},
+        "2": {"class_type": "ExVideoInit", "inputs": {"model": ["1", 0], "frames": 30}},
+        "3": {"class_type": "ExVideoSave",
+              "inputs": {"extension": ["2", 0], "filename_prefix": name, "dtype": "fp16"}},
+    }  # fmt: skip
+
+
+GOOD: dict[str, Callable[[], Prompt]] = {
+    "clip": _graph,
+    "longer clip": lambda: _graph(frames=40),
+    "half strength": lambda: _graph(ExVideoApply={"strength": 0.5}),
+    "base": _unpatched,
+    "windows in turn": lambda: _windows("sequential"),
+    "windows averaged": lambda: _windows("pyramid"),
+    "skips offloaded": lambda: _patched("ExVideoMemory", 12, chunk_megabytes=1, offload_skips=True),
+    "keyframes": _keyframes,
+    "into a file": _into_file,
+    "new extension": _new_extension,
+}
+BAD: dict[str, tuple[Callable[[], Prompt], str]] = {
+    "cut file": (lambda: _graph(ExVideoLoader={"extension_name": "cut.safetensors"}), "ExVideoLoader"),
+    "checkpoint as extension": (lambda: _graph(ExVideoLoader={"extension_name": "base.safetensors"}), "ExVideoLoader"),
+    "too many frames": (lambda: _graph(frames=129), "KSampler"),
+    "windows too long": (lambda: _patched("ExVideoWindows", 140, window_frames=130, overlap_frames=4,
+                                          fuse="sequential", freenoise=False), "ExVideoWindows"),
+    "outside the output folder": (lambda: _graph(SaveImage={"filename_prefix": "../frame"}), "SaveImage"),
+}  # fmt: skip
+INVALID: dict[str, Callable[[], Prompt]] = {
+    "overlap as long as the chunk": lambda: _graph(ExVideoDecode={"chunk_frames": 4, "overlap_frames": 4}),
+    "strength of 2": lambda: _graph(ExVideoApply={"strength": 2.0}),
+    "file that is not there": lambda: _graph(ExVideoLoader={"extension_name": "../../secret.safetensors"}),
+}
+
+
+def _case(rng: random.Random) -> Case:
+    if rng.random() < 2 / 3:
+        kind = rng.choice(list(GOOD))
+        return Case(kind, GOOD[kind](), "good")
+    way = rng.choice(["cancelled", "cancelled", "fault", "bad", "invalid"])
+    if way == "cancelled":
+        graph = rng.choice([_graph(20, 40), _windows("sequential"), _windows("pyramid")])
+        graph["7"]["inputs"]["steps"] = 20
+        return Case("long", graph, "cancelled", after=rng.randint(1, 12))
+    if way == "fault":
+        kind = rng.choice(["memory", "other"])
+        graph = _patched("SoakFault", 16, 4, call=rng.randint(0, 3), kind=kind)
+        return Case(f"injected, {kind}", graph, "error", "KSampler")
+    if way == "bad":
+        kind = rng.choice(list(BAD))
+        return Case(kind, BAD[kind][0](), "error", BAD[kind][1])
+    kind = rng.choice(list(INVALID))
+    return Case(kind, INVALID[kind](), "invalid")
+
+
+def _server(host: Host) -> Server:
+    """With bad files, and the node that fails."""
+    server = Server(host)
+    (server.base / "custom_nodes" / "soak_fault.py").write_text(FAULT, encoding="utf-8")
+    content = recipe.EXTENSION.read_bytes()
+    (server.models / "exvideo" / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    shutil.copy(recipe.CHECKPOINT, server.models / "exvideo" / "base.safetensors")
+    return server
+
+
+def _run(server: Server, case: Case, references: dict[str, str]) -> str:
+    """What is wrong with how it ended, or nothing."""
+    ids: list[str] = []
+    cancelling: list[threading.Thread] = []
+
+    def progress(node: str, step: int, steps: int) -> None:
+        if case.expected == "cancelled" and step >= case.after and not cancelling:
+            cancelling.append(threading.Thread(target=server.interrupt, args=ids))
+            cancelling[0].start()
+
+    result = server.run(copy.deepcopy(case.graph), progress, on_queued=ids.append)
+    for thread in cancelling:
+        thread.join()
+    ended = {"success": "good", "interrupted": "cancelled"}.get(result.status, result.status)
+    if ended != case.expected:
+        return f"ended as {result.status}: {result.error}"
+    if ended == "error" and result.error["node_type"] != case.node_type:
+        return f"failed on {result.error['node_type']}: {result.error['exception_message']}"
+    if ended == "good" and _digest(server, result) != references[case.kind]:
+        return "gave another result than on a server that had seen nothing else"
+    return ""
+
+
+def _digest(server: Server, result: Result) -> str:
+    """Of what was made: pixels or tensors. The files are removed."""
+    if result.status != "success":
+        return f"{result.status}: {result.error}"
+    digest = hashlib.sha256()
+    for output in result.outputs.values():
+        for entry in [*output.get("images", []), *output.get("extensions", [])]:
+            path = server.output / entry["subfolder"] / entry["filename"]
+            digest.update(_content(path))
+            path.unlink()
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    """Without metadata, which hold the prompt."""
+    if path.suffix == ".safetensors":
+        return path.read_bytes()
+    if path.suffix == ".png":
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            return picture.tobytes()
+    import av
+
+    with av.open(str(path)) as container:
+        return b"".join(frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
