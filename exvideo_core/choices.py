@@ -24,6 +24,11 @@ Anchor = Literal["window start", "first picture", "none"]
 ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 
 
+#: Where the second of two compared clips is put.
+Direction = Literal["side by side", "one above the other"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+
+
 @dataclass(frozen=True)
 class Codec:
     """How frames are stored in a video file.

@@ -200,12 +200,11 @@ class Extension:
             ValueError: they do not.
         """
         if self.widths != tuple(widths) or self.context_dim != context_dim:
+            ours, theirs = width_runs(self.widths), width_runs(widths)
             raise ValueError(
-                f"The extension '{self.name}' does not fit this model: its blocks are {_runs(self.widths)} wide and "
-                f"read "
-                f"an image embedding of {self.context_dim}, the model's are {_runs(widths)} wide and read "
-                f"{context_dim}. "
-                "Load the SVD checkpoint that the extension was trained on."
+                f"The extension '{self.name}' does not fit this model: its blocks are {ours} wide and read an image "
+                f"embedding of {self.context_dim}, the model's are {theirs} wide and read {context_dim}. Load the SVD "
+                "checkpoint that the extension was trained on."
             )
 
 
@@ -276,7 +275,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{names[0]}" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
 
 
-def _runs(widths: Sequence[int]) -> str:
+def width_runs(widths: Sequence[int]) -> str:
     """'2x320, 2x640' for 320, 320, 640, 640."""
     runs: list[list[int]] = []
     for width in widths:

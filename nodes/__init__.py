@@ -10,6 +10,7 @@ from .keyframes import ExVideoKeyframes
 from .latents import ExVideoDecode, ExVideoNormalizeLatent
 from .loaders import ExVideoCheckpointLoader, ExVideoLoader
 from .model import ExVideoApply, ExVideoMemory
+from .pictures import ExVideoCompare, ExVideoContactSheet, ExVideoPlot, ExVideoRecord
 from .post_tuning import ExVideoInit, ExVideoSave
 from .video import ExVideoSaveVideo
 from .windows import ExVideoTiles, ExVideoWindows
@@ -28,6 +29,10 @@ NODES: list[type[io.ComfyNode]] = [
     ExVideoTiles,
     ExVideoInit,
     ExVideoSave,
+    ExVideoPlot,
+    ExVideoRecord,
+    ExVideoContactSheet,
+    ExVideoCompare,
     ExVideoExamplePicture,
 ]
 

@@ -5,4 +5,5 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 MAX_FRAMES = 16384
+RecordingSocket = io.Custom("EXVIDEO_RECORDING")
 ExtensionSocket = io.Custom("EXVIDEO_EXTENSION")

@@ -1,22 +1,34 @@
-"""Makes an untrained extension from a ComfyUI SVD model."""
+"""Makes an untrained extension from a ComfyUI SVD model, and reads the weights it starts from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ... import layouts
 from ...extension import Extension
-from .patch import applied_extension, find_transformers
+from .patch import applied_extension, find_transformers, model_widths
 
 if TYPE_CHECKING:
+    import torch
     from comfy.model_patcher import ModelPatcher
 
 
 def untrained_extension(model: ModelPatcher, frames: int) -> Extension:
     """An extension of `frames` frames that holds the model's own temporal weights: see `Extension.untrained`.
 
+    Raises:
+        ValueError: the model is no SVD, or carries an extension.
+    """
+    shared = list(base_weights(model))
+    return Extension.untrained(shared, model_widths(find_transformers(model)), frames)
+
+
+def base_weights(model: ModelPatcher) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's 30 temporal weights of each of the 16 blocks, by their names under the SVD transformer.
+
     The base's weights as its checkpoint gave them are taken: LoRAs and other patches stay the model's, so that
-    they are not counted twice once the extension is applied to it.
+    they are not counted twice once an extension is applied to it.
 
     Raises:
         ValueError: the model is no SVD, or carries an extension.
@@ -29,8 +41,5 @@ def untrained_extension(model: ModelPatcher, frames: int) -> Extension:
         )
     # Behind patches that are loaded right now, this is the one place that knows the unpatched weights.
     originals = model.get_key_patches("diffusion_model.")
-    shared = [
-        {name: originals[f"{path}.{name}"][0][0].to("cpu", copy=True) for name in layouts.SHARED_TENSORS.values()}
-        for path in transformers
-    ]
-    return Extension.untrained(shared, [transformer.in_channels for transformer in transformers.values()], frames)
+    for path in transformers:
+        yield {name: originals[f"{path}.{name}"][0][0].to("cpu", copy=True) for name in layouts.SHARED_TENSORS.values()}

@@ -71,10 +71,7 @@ def apply_extension(
         ValueError: the model is no SVD, has an extension already, or the extension does not fit it.
     """
     transformers = find_transformers(model)
-    extension.check_fits(
-        [transformer.in_channels for transformer in transformers.values()],
-        next(iter(transformers.values())).time_stack[0].attn2.to_k.weight.shape[1],
-    )
+    check_fits(extension, transformers)
     applied = applied_extension(model)
     if applied is not None:
         raise ValueError(
@@ -162,6 +159,21 @@ class _OwnLayers:
 def applied_extension(model: ModelPatcher) -> AppliedExtension | None:
     """What is applied to a model, if anything is."""
     return model.get_attachment(_ATTACHMENT)
+
+
+def check_fits(extension: Extension, transformers: Mapping[str, SpatialVideoTransformer]) -> None:
+    """Check that an extension is of a model's widths.
+
+    Raises:
+        ValueError: it is not.
+    """
+    context_dim = next(iter(transformers.values())).time_stack[0].attn2.to_k.weight.shape[1]
+    extension.check_fits(model_widths(transformers), context_dim)
+
+
+def model_widths(transformers: Mapping[str, SpatialVideoTransformer]) -> list[int]:
+    """Channels of each of the 16 transformers."""
+    return [transformer.in_channels for transformer in transformers.values()]
 
 
 def find_transformers(model: ModelPatcher) -> dict[str, SpatialVideoTransformer]:

@@ -1,0 +1,77 @@
+"""What the pictures of an extension and of a denoising show, out of the host's models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import comfy.utils
+import torch
+
+from ...charts import contact_sheet
+from ...distances import Distance, distances
+from .create import base_weights
+from .patch import check_fits, find_transformers
+from .pixels import decoded
+
+if TYPE_CHECKING:
+    import comfy.sd
+    import numpy as np
+    from comfy.model_patcher import ModelPatcher
+    from PIL.Image import Image
+
+    from ...extension import Extension
+    from .recording import Recording
+
+
+def measure(extension: Extension, base: ModelPatcher | None = None) -> list[Distance]:
+    """The distance of each block from its start; of the tuned weights where the base is given.
+
+    Raises:
+        ValueError: the base is no SVD, carries an extension, or is not of the extension's widths.
+    """
+    if base is not None:
+        check_fits(extension, find_transformers(base))
+    progress = comfy.utils.ProgressBar(len(extension.blocks))
+    found = []
+    for distance in distances(extension, base_weights(base) if base is not None else None):
+        found.append(distance)
+        progress.update(1)
+    return found
+
+
+def sheet(vae: comfy.sd.VAE, latents: torch.Tensor, recording: Recording | None, frames: int, edge: int) -> Image:
+    """Frames of a clip on one picture, below those of its recorded steps.
+
+    Args:
+        latents: the finished clip [T, C, H, W].
+        frames: how many of it to show.
+        edge: longest side of a frame, in pixels.
+
+    Raises:
+        ValueError: the recording is of another clip, or empty.
+    """
+    if recording is not None:
+        _check_recording(recording, latents)
+    total = len(latents)
+    count = min(frames, total)
+    chosen = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+    clips = {f"step {step} of {recording.steps}": clip for step, clip in recording.kept.items()} if recording else {}
+    clips["result"] = latents
+    rows = [_pictures(vae, clip[chosen]) for clip in clips.values()]
+    return contact_sheet(rows, list(clips), [f"frame {index}" for index in chosen], edge)
+
+
+def _check_recording(recording: Recording, latents: torch.Tensor) -> None:
+    shapes = {tuple(clip.shape) for clip in recording.kept.values()}
+    if shapes != {tuple(latents.shape)}:
+        what = f"of a clip of another size ({shapes.pop()})" if shapes else "empty"
+        raise ValueError(
+            f"The recording is {what}, and this clip is {tuple(latents.shape)} (frames, channels, height, width). Give "
+            "the sampler of this clip the model from ExVideo Record Denoising."
+        )
+
+
+def _pictures(vae: comfy.sd.VAE, latents: torch.Tensor) -> np.ndarray:
+    """Each frame by itself, for they are no neighbours: uint8 [N, H, W, 3]."""
+    frames = torch.cat(list(decoded(vae, latents, 1, 0, "linear")))
+    return (frames * 255).round().clamp(0, 255).byte().cpu().numpy()
