@@ -4,6 +4,7 @@
     python run.py demo                     a picture becomes a 128-frame video, in ComfyUI where there is one
     python run.py test [--tier NAME ...]   the tests
     python run.py bench NAME [...]         the figures of benchmarks/ (--help after the name tells the options)
+    python run.py help                     write the nodes' help pages and README's table anew, after a change of texts
 
 Needs Python and nothing else: what it installs lies in the user's cache folder.
 """
@@ -55,6 +56,7 @@ def main() -> int:
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     bench = commands.add_parser("bench", help="make the figures of benchmarks/", add_help=False)
     bench.add_argument("name", choices=BENCHMARKS)
+    commands.add_parser("help", help="write the nodes' help pages and README's table")
     options, rest = parser.parse_known_args()
     if rest and options.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -66,6 +68,8 @@ def main() -> int:
             return demo(options.host, options.standalone, options.keep)
         if options.command == "bench":
             return benchmark(options.name, rest)
+        if options.command == "help":
+            return write_help()
         return run_tests(tuple(options.tier or TIERS), options.pytest)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
@@ -97,6 +101,14 @@ def benchmark(name: str, arguments: list[str]) -> int:
         return 1
     done = _python(host_python(hosts[0]), "-m", f"benchmarks.{name}", *arguments, host=hosts[0])
     return done.returncode or _python(own_python(), "-m", "benchmarks.plots", name).returncode
+
+
+def write_help() -> int:
+    hosts = find_hosts()
+    if not hosts:
+        print(f"help needs a ComfyUI, which knows the nodes' inputs: {NO_HOST}", file=sys.stderr)
+        return 1
+    return _python(host_python(hosts[0]), "-m", "runner.help_pages", host=hosts[0]).returncode
 
 
 def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:

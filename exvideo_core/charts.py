@@ -32,7 +32,7 @@ def extension_chart(extension: Extension, distances: Sequence[Distance], block: 
     """
     from PIL import Image, ImageDraw
 
-    width, height = 3 * (_PANEL + _AXIS) + 4 * _MARGIN, _PANEL + 7 * _LINE
+    width, height = 3 * _PANEL + 2 * _AXIS + 4 * _MARGIN, _PANEL + 6 * _LINE
     picture = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(picture)
     dtype = str(extension.dtype).removeprefix("torch.")
@@ -161,7 +161,7 @@ def _bars(draw: ImageDraw, left: int, top: int, distances: Sequence[Distance]) -
     charts = [
         ("Weights, from the base's", [d.weights for d in distances]),
         ("Convolution, from the identity", [d.convolution for d in distances]),
-        ("Positions, from sinusoids", [d.positions for d in distances]),
+        ("Positions, from the base's back and forth", [d.positions for d in distances]),
     ]
     font, small = _font(_TEXT), _font(_TEXT - 2)
     draw.text((left, top - _LINE - 4), "Distance from the start, by block", _INK, font)

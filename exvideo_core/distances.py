@@ -16,7 +16,7 @@ class Distance:
     """Of one block, each relative: the norm of the difference by the norm of the start. 0 is untrained.
 
     Attributes:
-        positions: of the table, from `positions.sinusoidal` of its rows.
+        positions: of the table, from the base's own positions, past its 25 frames in ping-pong order.
         convolution: of the kernel, from the identity.
         weights: of the 30 tensors that base and extension share, together; None where no base is given.
     """
@@ -35,7 +35,7 @@ def distances(extension: Extension, base: Iterable[Mapping[str, torch.Tensor]] |
     starts = iter(base) if base is not None else None
     for block in extension.blocks:
         frames, channels = block.positions.shape
-        sinusoids = positions.sinusoidal(torch.arange(frames), channels)
+        untrained = positions.sinusoidal(positions.ping_pong(frames), channels)
         kernel = block.conv_weight.float().clone()
         kernel[:, :, 1, 1, 1].diagonal().sub_(1)
         weights = None
@@ -45,7 +45,7 @@ def distances(extension: Extension, base: Iterable[Mapping[str, torch.Tensor]] |
             moved = sum((tuned - original).square().sum().item() for tuned, original in pairs)
             weights = (moved / sum(original.square().sum().item() for _, original in pairs)) ** 0.5
         yield Distance(
-            ((block.positions.float() - sinusoids).norm() / sinusoids.norm()).item(),
+            ((block.positions.float() - untrained).norm() / untrained.norm()).item(),
             kernel.norm().item() / channels**0.5,
             weights,
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from runner import help_pages
 
 PACK = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("node_interface.json")
@@ -18,13 +20,7 @@ SNAPSHOT = Path(__file__).with_name("node_interface.json")
 @pytest.fixture(scope="module")
 def nodes():
     """The pack, loaded as the host loads it: from a folder whose name is not ours to choose."""
-    name = "a folder-with any name"
-    spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    importlib.import_module(f"{name}.nodes.folders").register_model_folder()
-    return importlib.import_module(f"{name}.nodes").NODES
+    return help_pages.load_pack("nodes", "a folder-with any name").NODES
 
 
 def describe(node) -> dict:
@@ -49,12 +45,31 @@ def test_every_input_and_output_has_a_tooltip(nodes) -> None:
             assert item.tooltip, (schema.node_id, item.id)
 
 
-def test_every_node_has_a_help_page(nodes) -> None:
+def test_help_pages_and_readme_are_made_from_the_nodes_own_texts(nodes) -> None:
+    for path, text in help_pages.expected(nodes).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: python run.py help"
+    pages = {path.relative_to(help_pages.PAGES).as_posix() for path in help_pages.PAGES.rglob("*.md")}
+    ids = {node.define_schema().node_id for node in nodes}
+    assert pages == {f"{name}.md" for name in ids} | {f"{name}/zh.md" for name in ids}
+
+
+@pytest.mark.parametrize(
+    ("language", "headings"), [("en", ("## Memory and time", "## Errors")), ("zh", ("## 内存与时间", "## 错误"))]
+)
+def test_every_page_tells_of_memory_and_of_errors_that_exist(nodes, language: str, headings: tuple[str, str]) -> None:
+    sources = [*(PACK / "nodes").glob("*.py"), *(PACK / "exvideo_core").rglob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message may go over several lines
+    quoted = 0
     for node in nodes:
-        page = PACK / "web" / "docs" / f"{node.define_schema().node_id}.md"
-        text = page.read_text(encoding="utf-8")
-        for item in node.define_schema().inputs:
-            assert f"`{item.id}`" in text, (page.name, item.id)
+        name = node.define_schema().node_id
+        text = (PACK / "docs" / "nodes" / language / f"{name}.md").read_text(encoding="utf-8")
+        assert all(heading in text for heading in headings), name
+        for message in re.findall(r'`"(.+?)"`', text):
+            quoted += 1
+            for part in message.split("…"):
+                assert part.strip() in code, f"{name} quotes an error that there is not: {part}"
+    assert quoted > 30
 
 
 def test_every_text_is_translated(nodes) -> None:

@@ -1,0 +1,151 @@
+"""Writes the help pages of the nodes, and README's table of them, from one source. Runs in a host's Python.
+
+    python run.py help
+
+What a node, an input or an output is stands in its schema (`nodes/`), in Chinese in `locales/zh/nodeDefs.json`:
+tooltips show it, and here it becomes the first part of its help page. What else there is to say stands in
+`docs/nodes/<language>/`: when to use the node, memory and time, errors and what to do. A test fails where a page is not
+what this module makes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .hosts import PACK
+
+PAGES = PACK / "web" / "docs"
+_MARKS = ("<!-- nodes: made by `python run.py help` -->\n", "<!-- /nodes -->")
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a page says in each language beside the nodes' own texts."""
+
+    inputs: str
+    outputs: str
+    head: str
+    optional: str
+    default: str
+    to: str
+    on: str
+    off: str
+    picture: str
+    file: str
+
+
+WORDS = {
+    "en": Words("Inputs", "Outputs", "| input | value | |", "optional", "default", "to", "on", "off",
+                "The node in a graph", "a file"),
+    "zh": Words("输入", "输出", "| 输入 | 取值 | |", "可选", "默认", "至", "开", "关", "图中的节点", "文件"),
+}  # fmt: skip
+
+
+def main() -> int:
+    for path, text in expected(load_nodes()).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+def load_nodes() -> list[Any]:
+    """The pack's node classes, in a process where the host is importable."""
+    return load_pack("nodes").NODES
+
+
+def load_pack(part: str, name: str = "exvideo_help") -> ModuleType:
+    """A part of the pack, imported as the host imports it, from a folder of any name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+        importlib.import_module(f"{name}.nodes.folders").register_model_folder()
+    return importlib.import_module(f"{name}.{part}")
+
+
+def expected(nodes: list[Any]) -> dict[Path, str]:
+    """Every file that is made, and what is to be in it."""
+    schemas = [node.define_schema() for node in nodes]
+    texts = json.loads((PACK / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    files = {PAGES / f"{schema.node_id}.md": page(schema) for schema in schemas}
+    files |= {PAGES / schema.node_id / "zh.md": page(schema, texts[schema.node_id], "zh") for schema in schemas}
+    readme = PACK / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(_MARKS[0])
+    rows = [f"| {schema.display_name} | {schema.description.split('. ')[0].removesuffix('.')} |" for schema in schemas]
+    table = "\n".join(["| node | what it does |", "| --- | --- |", *rows])
+    files[readme] = f"{before}{_MARKS[0]}{table}\n{_MARKS[1]}{rest.split(_MARKS[1])[1]}"
+    return files
+
+
+def page(schema: Any, translated: dict[str, Any] | None = None, language: str = "en") -> str:  # noqa: ANN401 - the host's
+    """The help page of a node.
+
+    Args:
+        schema: the host's `io.Schema`.
+        translated: the node's entry of `nodeDefs.json`, for any language but English.
+    """
+    words, texts = WORDS[language], translated or {}
+    use, more = _prose(language, schema.node_id)
+    lines = [f"# {texts.get('display_name', schema.display_name)}", "", texts.get("description", schema.description)]
+    lines += ["", use]
+    if (PAGES / "pictures" / f"{schema.node_id}.jpg").exists():
+        lines += ["", f"![{words.picture}](pictures/{schema.node_id}.jpg)"]
+    if schema.inputs:
+        lines += ["", f"## {words.inputs}", "", words.head, "| --- | --- | --- |"]
+    for item in schema.inputs:
+        found = texts.get("inputs", {}).get(item.id, {})
+        name = f"`{item.id}`" + (f" {found['name']}" if found else "")
+        lines.append(f"| {name} | {', '.join(_values(item, words))} | {found.get('tooltip', item.tooltip)} |")
+    lines += ["", f"## {words.outputs}", ""]
+    for number, item in enumerate(schema.outputs):
+        found = texts.get("outputs", {}).get(str(number), {})
+        lines.append(f"- `{item.display_name}`: {found.get('tooltip', item.tooltip)}")
+    return "\n".join([*lines, "", more, ""])
+
+
+def _values(item: Any, words: Words) -> Iterator[str]:  # noqa: ANN401 - one of the host's inputs
+    """What an input takes."""
+    kind = item.io_type
+    if kind in ("INT", "FLOAT"):
+        yield f"{item.min} {words.to} {item.max}"
+    elif kind == "BOOLEAN":
+        yield f"{words.on} / {words.off}"
+    elif kind == "COMBO":
+        yield " / ".join(item.options) if item.default is not None else words.file
+    elif kind != "STRING":
+        yield kind
+    if getattr(item, "default", None) not in (None, ""):
+        shown = item.default if kind != "BOOLEAN" else words.on if item.default else words.off
+        yield f"{words.default} {shown}"
+    if item.optional:
+        yield words.optional
+
+
+def _prose(language: str, node_id: str) -> tuple[str, str]:
+    """When to use the node, and the sections that come after its inputs."""
+    text = (PACK / "docs" / "nodes" / language / f"{node_id}.md").read_text(encoding="utf-8")
+    use, heading, more = text.partition("\n## ")
+    return use.strip(), (heading + more).strip()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.environ["EXVIDEO_HOST"])
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    sys.exit(main())

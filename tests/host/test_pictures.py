@@ -1,0 +1,94 @@
+"""Recording a denoising, and the pictures of it, on the host's own samplers."""
+
+from __future__ import annotations
+
+import comfy.sample
+import pytest
+import torch
+
+from exvideo_core.extension import Extension
+from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+from exvideo_core.hosts.comfyui.looking import measure, sheet
+from exvideo_core.hosts.comfyui.patch import apply_extension
+from exvideo_core.hosts.comfyui.pixels import decode
+from exvideo_core.hosts.comfyui.recording import Recording, recorded
+from exvideo_core.hosts.comfyui.windows import Windows, with_windows
+
+FRAMES, STEPS = 8, 6
+
+
+@pytest.fixture(scope="module")
+def loaded(small_models):
+    checkpoint, extension = small_models
+    model, _, vae = load_checkpoint(str(checkpoint))
+    return model, vae, Extension.load(extension)
+
+
+@pytest.fixture(scope="module")
+def model(loaded):
+    return apply_extension(loaded[0], loaded[2])
+
+
+def sample(model, frames: int = FRAMES, steps: int = STEPS) -> torch.Tensor:
+    latent = torch.zeros(frames, 4, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, 0)
+    generator = torch.Generator().manual_seed(0)
+    conditioning = [[torch.randn(1, 1, 64, generator=generator),
+                     {"motion_bucket_id": 127, "fps": 30, "augmentation_level": 0.0,
+                      "concat_latent_image": torch.randn(1, 4, 8, 8, generator=generator)}]]  # fmt: skip
+    return comfy.sample.sample(model, noise, steps, 1.0, "euler", "karras", conditioning, conditioning, latent)
+
+
+def test_the_last_recorded_step_is_the_result_and_sampling_stays_the_same(model) -> None:
+    clone, recording = recorded(model, 3)
+    result = sample(clone)
+    assert result.equal(sample(model))
+    assert recording.steps == STEPS and list(recording.kept) == [2, 4, 6]
+    # Euler's last step, to no noise, goes all the way to what the model takes the clip to be.
+    assert torch.allclose(recording.kept[STEPS], result, atol=1e-5)
+    early, late = ((recording.kept[step] - result).norm().item() for step in (2, 4))
+    assert early > late > 0
+
+
+def test_a_further_run_takes_the_place_of_the_last(model) -> None:
+    clone, recording = recorded(model, 64)
+    sample(clone)
+    assert list(recording.kept) == [1, 2, 3, 4, 5, 6]
+    result = sample(clone, FRAMES - 2, 2)
+    assert list(recording.kept) == [1, 2] and recording.kept[2].shape == result.shape
+
+
+def test_windows_are_recorded_as_the_clip_they_make(model) -> None:
+    clone, recording = recorded(with_windows(model, Windows(6, 2, "sequential")), 2)
+    result = sample(clone, 10, 3)
+    assert torch.allclose(recording.kept[recording.steps], result, atol=1e-5)
+
+
+def test_a_sheet_shows_the_frames_themselves(loaded, model) -> None:
+    _, vae, _ = loaded
+    clone, recording = recorded(model, 2)
+    result = sample(clone)
+    picture = sheet(vae, result, recording, 3, edge=64)
+    alone = sheet(vae, result, None, 3, edge=64)
+    assert picture.height == alone.height + 2 * 68
+    frame = (decode(vae, result[7:8], 1, 0, "linear")[0] * 255).round().byte()
+    corner = picture.crop((picture.width - 68, picture.height - 68, picture.width - 4, picture.height - 4))
+    assert torch.tensor(list(corner.tobytes()), dtype=torch.uint8).view(64, 64, 3).equal(frame)
+
+
+def test_a_recording_of_another_clip_is_refused(loaded, model) -> None:
+    _, vae, _ = loaded
+    clone, recording = recorded(model, 2)
+    with pytest.raises(ValueError, match="empty"):
+        sheet(vae, torch.zeros(FRAMES, 4, 8, 8), Recording(2), 3, 64)
+    sample(clone)
+    with pytest.raises(ValueError, match="of another size"):
+        sheet(vae, torch.zeros(FRAMES + 1, 4, 8, 8), recording, 3, 64)
+
+
+def test_distances_want_the_base_itself(loaded, model) -> None:
+    base, _, extension = loaded
+    assert measure(extension)[0].weights is None
+    assert all(distance.weights > 0 for distance in measure(extension, base))
+    with pytest.raises(ValueError, match="checkpoint's model"):
+        measure(extension, model)
