@@ -44,7 +44,8 @@ def host_python(host: Host) -> Path:
     wanted = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     others = [line for line in wanted if re.split(r"[<>=~! \[]", line)[0] not in ("torch", "torchvision", "torchaudio")]
     # requests: ComfyUI 0.3.64 imports it and counts on transformers to bring it, which version 5 no longer does.
-    steps = [_TORCH, ["--no-deps", "torchaudio"], [*others, *_TORCH, "requests", "pytest", "playwright"], _ORACLE]
+    tools = ["requests", "pytest", "playwright", "comfyui-manager==4.2.2"]
+    steps = [_TORCH, ["--no-deps", "torchaudio"], [*others, *_TORCH, *tools], _ORACLE]
     return _environment(f"comfyui-{host.version}", steps, "\n".join(others))
 
 

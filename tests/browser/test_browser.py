@@ -74,8 +74,74 @@ def test_a_nodes_help_page_opens(app) -> None:
     app.page.mouse.click(*app.place("ExVideoConditioning"))
     info = app.page.locator("[data-testid=info-button], .selection-toolbox button:nth-child(2)").first
     info.click()
-    app.page.get_by_text("amount of motion; higher moves more").first.wait_for()
+    app.page.get_by_text("Use it where SVD_img2vid_Conditioning would stand").first.wait_for()
     app.shot("help")
+
+
+def test_a_blueprint_is_found_by_search_and_makes_a_video(app, server) -> None:
+    if not (server.host.path / "app" / "subgraph_manager.py").exists():
+        pytest.skip(f"ComfyUI {server.host.version} has no blueprints")
+    app.page.evaluate("window.app.graph.clear()")
+    app.page.mouse.dblclick(900, 450)
+    app.page.wait_for_timeout(1000)
+    app.page.keyboard.type("Image to Long Video")
+    app.page.wait_for_timeout(1500)
+    app.page.keyboard.press("Enter")
+    app.page.wait_for_function("window.app.graph._nodes.length === 1")
+    app.page.evaluate(
+        """() => {
+            const graph = window.app.graph, [blueprint] = graph._nodes
+            blueprint.pos = [400, 100]
+            const values = {width: 64, height: 64, frames: 24, steps: 2}
+            for (const widget of blueprint.widgets) if (widget.name in values) widget.value = values[widget.name]
+            const [load, save] = ['LoadImage', 'SaveVideo'].map(kind => LiteGraph.createNode(kind))
+            load.pos = [0, 100]
+            save.pos = [800, 100]
+            graph.add(load)
+            graph.add(save)
+            load.widgets.find(widget => widget.name === 'image').value = 'example.png'
+            load.connect(0, blueprint, 0)
+            blueprint.connect(0, save, 0)
+        }"""
+    )
+    app.fit()
+    app.run()
+    app.page.wait_for_function("document.querySelector('video')?.readyState >= 2", timeout=120_000)
+    size = app.page.evaluate("(v => [v.videoWidth, v.videoHeight, v.duration])(document.querySelector('video'))")
+    assert size[:2] == [64, 64] and abs(size[2] - 24 / 30) < 0.1
+    assert app.toasts() == [] and app.errors == []
+    app.page.wait_for_timeout(500)
+    app.shot("blueprint")
+
+
+def test_pictures_show_in_their_nodes(app) -> None:
+    app.load_template("exvideo_compare")
+    app.set("ExVideoConditioning", frames=48)
+    app.set("KSampler", steps=4)
+    app.run()
+    find = "window.app.graph._nodes.find(node => node.type === kind)"
+    shown = f"kinds => kinds.every(kind => {find}.imgs?.[0].naturalWidth)"
+    app.page.wait_for_function(shown, arg=["ExVideoPlot", "ExVideoContactSheet"], timeout=240_000)
+    app.page.wait_for_function("document.querySelector('video')?.readyState >= 2", timeout=240_000)
+    app.page.wait_for_timeout(1000)
+    app.shot("pictures")
+
+
+def test_help_speaks_chinese_where_the_frontend_does(app) -> None:
+    app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        app.page.reload()
+        app.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=90_000)
+        app.page.wait_for_timeout(3000)
+        app.drop("mine.json", (FOLDER / "exvideo_quickstart.json").read_bytes(), "application/json")
+        app.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoConditioning')")
+        app.page.wait_for_timeout(1000)
+        app.page.mouse.click(*app.place("ExVideoConditioning"))
+        app.page.locator("[data-testid=info-button], .selection-toolbox button:nth-child(2)").first.click()
+        app.page.get_by_text("按 SVD 训练时的尺度加噪声").first.wait_for()
+        app.shot("help_chinese")
+    finally:
+        app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
 
 
 def test_nodes_speak_chinese_where_the_frontend_does(app) -> None:

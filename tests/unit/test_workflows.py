@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+PACK = Path(__file__).resolve().parents[2]
+FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+BLUEPRINTS = sorted((PACK / "subgraphs").glob("*.json"))
 HOST_NODES = {
     "CreateVideo", "GetVideoComponents", "ImageBatch", "ImageFromBatch", "ImageScale", "KSampler", "LoadImage",
     "LoadVideo", "SaveVideo", "VAEEncode", "VideoLinearCFGGuidance",
 }  # fmt: skip
+FURTHER_NODES = {"ComfyMathExpression", "GetImageSize", "ImageScaleBy"}  # of hosts that know blueprints
 
 
 _CONTROLS = ("randomize", "fixed", "increment", "image")
@@ -61,3 +64,31 @@ def test_the_published_models_can_be_downloaded_from_the_graph() -> None:
             assert model["directory"] == folders[node["type"]]
             assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(".safetensors")
             assert model["name"] in api[str(node["id"])]["inputs"].values()
+
+
+def test_there_are_blueprints_for_what_everyone_builds() -> None:
+    names = {path.stem for path in BLUEPRINTS}
+    assert names == {"Continue a Clip (ExVideo)", "Image to Long Video (ExVideo)", "Upscale Pass (ExVideo)"}
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_a_blueprint_is_one_subgraph_that_hangs_together(path: Path) -> None:
+    saved = load(path)
+    (outer,), (inner,) = saved["nodes"], saved["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"] and outer["title"] == inner["name"] == path.stem and inner["description"]
+    nodes = {node["id"]: node for node in inner["nodes"]}
+    kinds = {node["type"] for node in nodes.values()}
+    assert {kind for kind in kinds if not kind.startswith("ExVideo")} <= HOST_NODES | FURTHER_NODES
+    for part in ("inputs", "outputs"):
+        assert [item["name"] for item in outer[part]] == [item["name"] for item in inner[part]]
+    for link in inner["links"]:
+        source = inner["inputs"] if link["origin_id"] == -10 else nodes[link["origin_id"]]["outputs"]
+        target = inner["outputs"] if link["target_id"] == -20 else nodes[link["target_id"]]["inputs"]
+        assert source[link["origin_slot"]]["type"] == link["type"]
+        end = target[link["target_slot"]]
+        assert link["id"] in (end["linkIds"] if link["target_id"] == -20 else [end["link"]])
+    ids = [link["id"] for link in inner["links"]]
+    assert len(set(ids)) == len(ids)
+    for key, widget in outer["properties"]["proxyWidgets"]:
+        names = [entry["name"] for entry in nodes[int(key)]["inputs"] if "widget" in entry and entry["link"] is None]
+        assert widget in [*names, "control_after_generate"]
