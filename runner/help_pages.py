@@ -33,7 +33,7 @@ class Words:
 
     inputs: str
     outputs: str
-    head: str
+    comma: str
     optional: str
     default: str
     to: str
@@ -44,9 +44,9 @@ class Words:
 
 
 WORDS = {
-    "en": Words("Inputs", "Outputs", "| input | value | |", "optional", "default", "to", "on", "off",
+    "en": Words("Inputs", "Outputs", ", ", "optional", "default", "to", "on", "off",
                 "The node in a graph", "a file"),
-    "zh": Words("输入", "输出", "| 输入 | 取值 | |", "可选", "默认", "至", "开", "关", "图中的节点", "文件"),
+    "zh": Words("输入", "输出", "，", "可选", "默认", "至", "开", "关", "图中的节点", "文件"),
 }  # fmt: skip
 
 
@@ -103,11 +103,12 @@ def page(schema: Any, translated: dict[str, Any] | None = None, language: str = 
     if (PAGES / "pictures" / f"{schema.node_id}.jpg").exists():
         lines += ["", f"![{words.picture}](pictures/{schema.node_id}.jpg)"]
     if schema.inputs:
-        lines += ["", f"## {words.inputs}", "", words.head, "| --- | --- | --- |"]
+        lines += ["", f"## {words.inputs}", ""]
     for item in schema.inputs:
         found = texts.get("inputs", {}).get(item.id, {})
         name = f"`{item.id}`" + (f" {found['name']}" if found else "")
-        lines.append(f"| {name} | {', '.join(_values(item, words))} | {found.get('tooltip', item.tooltip)} |")
+        values = words.comma.join(_values(item, words))
+        lines.append(f"- {name} ({values}): {found.get('tooltip', item.tooltip)}")
     lines += ["", f"## {words.outputs}", ""]
     for number, item in enumerate(schema.outputs):
         found = texts.get("outputs", {}).get(str(number), {})

@@ -110,7 +110,7 @@ def test_a_blueprint_is_found_by_search_and_makes_a_video(app, server) -> None:
     size = app.page.evaluate("(v => [v.videoWidth, v.videoHeight, v.duration])(document.querySelector('video'))")
     assert size[:2] == [64, 64] and abs(size[2] - 24 / 30) < 0.1
     assert app.toasts() == [] and app.errors == []
-    app.page.wait_for_timeout(500)
+    app.fit()
     app.shot("blueprint")
 
 

@@ -70,10 +70,28 @@ def test_a_sheet_shows_the_frames_themselves(loaded, model) -> None:
     result = sample(clone)
     picture = sheet(vae, result, recording, 3, edge=64)
     alone = sheet(vae, result, None, 3, edge=64)
-    assert picture.height == alone.height + 2 * 68
-    frame = (decode(vae, result[7:8], 1, 0, "linear")[0] * 255).round().byte()
+    assert picture.height == alone.height + 68  # the last step is the result, and shown once
+    frame = (decode(vae, result, 24, 12, "smooth")[7] * 255).round().byte()
     corner = picture.crop((picture.width - 68, picture.height - 68, picture.width - 4, picture.height - 4))
     assert torch.tensor(list(corner.tobytes()), dtype=torch.uint8).view(64, 64, 3).equal(frame)
+
+
+def test_frames_of_a_long_clip_are_decoded_among_their_neighbours(loaded) -> None:
+    from small_model import recipe
+
+    _, _, vae = load_checkpoint(str(recipe.CHECKPOINT))  # trained: what it makes of a frame alone has other colours
+    torch.manual_seed(0)
+    clip = torch.nn.functional.interpolate(torch.randn(1, 4, 10, 4, 4), (64, 8, 8), mode="trilinear")[0].movedim(1, 0)
+    picture = sheet(vae, clip, None, 3, edge=64)
+    whole = decode(vae, clip, 24, 12, "smooth")
+    for column, index in enumerate((0, 32, 63)):
+        left = picture.width - (3 - column) * 68
+        shown = picture.crop((left, picture.height - 68, left + 64, picture.height - 4))
+        pixels = torch.tensor(list(shown.tobytes()), dtype=torch.uint8).view(64, 64, 3) / 255
+        near, alone = (
+            (pixels - other).abs().mean() for other in (whole[index], decode(vae, clip[index][None], 1, 0, "linear")[0])
+        )
+        assert near < 0.02 and near < alone / 3
 
 
 def test_a_recording_of_another_clip_is_refused(loaded, model) -> None:

@@ -11,7 +11,7 @@ from ...charts import contact_sheet
 from ...distances import Distance, distances
 from .create import base_weights
 from .patch import check_fits, find_transformers
-from .pixels import decoded
+from .pixels import decode
 
 if TYPE_CHECKING:
     import comfy.sd
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from ...extension import Extension
     from .recording import Recording
+
+#: Frames that SVD's decoder is shown around one: from there on more change nothing that could be seen.
+_NEIGHBOURHOOD = 9
 
 
 def measure(extension: Extension, base: ModelPatcher | None = None) -> list[Distance]:
@@ -56,8 +59,10 @@ def sheet(vae: comfy.sd.VAE, latents: torch.Tensor, recording: Recording | None,
     count = min(frames, total)
     chosen = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
     clips = {f"step {step} of {recording.steps}": clip for step, clip in recording.kept.items()} if recording else {}
-    clips["result"] = latents
-    rows = [_pictures(vae, clip[chosen]) for clip in clips.values()]
+    # Most samplers end where the model's last prediction is, which would be shown twice.
+    if recording is None or not torch.allclose(recording.kept[max(recording.kept)], latents.cpu().float(), atol=1e-3):
+        clips["result"] = latents
+    rows = [_pictures(vae, clip, chosen) for clip in clips.values()]
     return contact_sheet(rows, list(clips), [f"frame {index}" for index in chosen], edge)
 
 
@@ -71,7 +76,15 @@ def _check_recording(recording: Recording, latents: torch.Tensor) -> None:
         )
 
 
-def _pictures(vae: comfy.sd.VAE, latents: torch.Tensor) -> np.ndarray:
-    """Each frame by itself, for they are no neighbours: uint8 [N, H, W, 3]."""
-    frames = torch.cat(list(decoded(vae, latents, 1, 0, "linear")))
+def _pictures(vae: comfy.sd.VAE, clip: torch.Tensor, chosen: list[int]) -> np.ndarray:
+    """Frames of a clip, uint8 [N, H, W, 3], each decoded among its neighbours: alone it would have other colours."""
+    total = len(clip)
+    if len(chosen) * _NEIGHBOURHOOD >= total:
+        frames = decode(vae, clip, 24, 12, "smooth")[chosen]
+    else:
+        starts = [min(max(index - _NEIGHBOURHOOD // 2, 0), total - _NEIGHBOURHOOD) for index in chosen]
+        windows = [decode(vae, clip[start : start + _NEIGHBOURHOOD], _NEIGHBOURHOOD, 0, "linear") for start in starts]
+        frames = torch.stack(
+            [window[index - start] for window, start, index in zip(windows, starts, chosen, strict=True)]
+        )
     return (frames * 255).round().clamp(0, 255).byte().cpu().numpy()
