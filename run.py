@@ -56,7 +56,8 @@ def main() -> int:
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     bench = commands.add_parser("bench", help="make the figures of benchmarks/", add_help=False)
     bench.add_argument("name", choices=BENCHMARKS)
-    commands.add_parser("help", help="write the nodes' help pages and README's table")
+    pages = commands.add_parser("help", help="write the nodes' help pages and README's table")
+    pages.add_argument("--pictures", action="store_true", help="take their pictures anew (needs Chromium)")
     options, rest = parser.parse_known_args()
     if rest and options.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -69,7 +70,7 @@ def main() -> int:
         if options.command == "bench":
             return benchmark(options.name, rest)
         if options.command == "help":
-            return write_help()
+            return write_help(options.pictures)
         return run_tests(tuple(options.tier or TIERS), options.pytest)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
@@ -103,12 +104,13 @@ def benchmark(name: str, arguments: list[str]) -> int:
     return done.returncode or _python(own_python(), "-m", "benchmarks.plots", name).returncode
 
 
-def write_help() -> int:
+def write_help(pictures: bool = False) -> int:
     hosts = find_hosts()
     if not hosts:
         print(f"help needs a ComfyUI, which knows the nodes' inputs: {NO_HOST}", file=sys.stderr)
         return 1
-    return _python(host_python(hosts[0]), "-m", "runner.help_pages", host=hosts[0]).returncode
+    modules = [*(["runner.help_pictures"] if pictures else []), "runner.help_pages"]
+    return max(_python(host_python(hosts[0]), "-m", module, host=hosts[0]).returncode for module in modules)
 
 
 def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:

@@ -100,8 +100,7 @@ def page(schema: Any, translated: dict[str, Any] | None = None, language: str = 
     use, more = _prose(language, schema.node_id)
     lines = [f"# {texts.get('display_name', schema.display_name)}", "", texts.get("description", schema.description)]
     lines += ["", use]
-    if (PAGES / "pictures" / f"{schema.node_id}.jpg").exists():
-        lines += ["", f"![{words.picture}](pictures/{schema.node_id}.jpg)"]
+    lines += ["", f"![{words.picture}](pictures/{schema.node_id}.jpg)"]
     if schema.inputs:
         lines += ["", f"## {words.inputs}", ""]
     for item in schema.inputs:

@@ -54,13 +54,21 @@ class Server:
         pack: the folder of the pack.
         keep: leave the server's folder.
         arguments: further ones of ComfyUI's command line.
+        prefix: how the name of the server's folder begins.
     """
 
-    def __init__(self, host: Host, pack: Path = PACK, keep: bool = False, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        host: Host,
+        pack: Path = PACK,
+        keep: bool = False,
+        arguments: Sequence[str] = (),
+        prefix: str = "exvideo-server-",
+    ) -> None:
         self.host = host
         self.keep = keep
         self._arguments = list(arguments)
-        self.base = Path(tempfile.mkdtemp(prefix="exvideo-server-"))
+        self.base = Path(tempfile.mkdtemp(prefix=prefix))
         self.models = self.base / "models"
         self.input = self.base / "input"
         self.output = self.base / "output"

@@ -48,6 +48,8 @@ def test_every_input_and_output_has_a_tooltip(nodes) -> None:
 def test_help_pages_and_readme_are_made_from_the_nodes_own_texts(nodes) -> None:
     for path, text in help_pages.expected(nodes).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: python run.py help"
+        for picture in re.findall(r"\]\((pictures/.+?)\)", text):
+            assert (help_pages.PAGES / picture).read_bytes().startswith(b"\xff\xd8"), (path.name, picture)
     pages = {path.relative_to(help_pages.PAGES).as_posix() for path in help_pages.PAGES.rglob("*.md")}
     ids = {node.define_schema().node_id for node in nodes}
     assert pages == {f"{name}.md" for name in ids} | {f"{name}/zh.md" for name in ids}
