@@ -161,7 +161,7 @@ def _bars(draw: ImageDraw, left: int, top: int, distances: Sequence[Distance]) -
     charts = [
         ("Weights, from the base's", [d.weights for d in distances]),
         ("Convolution, from the identity", [d.convolution for d in distances]),
-        ("Positions, from the base's back and forth", [d.positions for d in distances]),
+        ("Positions, from the base's", [d.positions for d in distances]),
     ]
     font, small = _font(_TEXT), _font(_TEXT - 2)
     draw.text((left, top - _LINE - 4), "Distance from the start, by block", _INK, font)
