@@ -18,8 +18,6 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from small_model import recipe
-
 from .help_pages import PAGES
 from .hosts import PACK, Host
 from .server import Server
@@ -90,14 +88,12 @@ _DRAW = """kind => {
 
 
 def main() -> int:
+    sys.path.append(str(PACK / "tests"))
+    import workflow_inputs
+
     graphs = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((PACK / "workflows").glob("*.json"))}
     with Server(Host(Path(os.environ["EXVIDEO_HOST"]))) as server:
-        for folder, name, file in (
-            ("checkpoints", "svd_xt.safetensors", recipe.CHECKPOINT),
-            ("exvideo", "ExVideo-SVD-128f-v1.fp16.safetensors", recipe.EXTENSION),
-        ):
-            (server.models / folder / name).symlink_to(file)
-        Image.new("RGB", (64, 64)).save(server.input / "example.png")  # so that no input shows as missing
+        workflow_inputs.give(server)
         kinds = [kind for kind in server.get("/object_info") if kind.startswith("ExVideo")]
         (PAGES / "pictures").mkdir(exist_ok=True)
         with sync_playwright() as playwright:

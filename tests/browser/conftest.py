@@ -7,15 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
-import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+import workflow_inputs
 from runner.hosts import PACK, Host
 from runner.server import Server
-from small_model import recipe, world
 
 HOST = Host(Path(os.environ["EXVIDEO_HOST"]))
 #: Where screenshots are kept, one folder for each host.
@@ -26,17 +23,7 @@ SCREENSHOTS = Path(os.environ.get("EXVIDEO_SCREENSHOTS", PACK / "output" / "scre
 def server() -> Iterator[Server]:
     """With previews on, the workflows' inputs, and the small model under the names of the published ones."""
     with Server(HOST, arguments=["--preview-method", "auto"]) as server:
-        (server.models / "checkpoints" / "svd_xt.safetensors").symlink_to(recipe.CHECKPOINT)
-        (server.models / "exvideo" / "ExVideo-SVD-128f-v1.fp16.safetensors").symlink_to(recipe.EXTENSION)
-        pictures = (world.render(world.sample(world.HELD_OUT), 32) * 255).round().astype(np.uint8)
-        for name, frame in (("example.png", 0), ("last.png", 20)):
-            Image.fromarray(pictures[frame]).save(server.input / name)
-        with av.open(str(server.input / "clip.mp4"), "w") as container:
-            stream = container.add_stream("libx264", 30)
-            stream.width = stream.height = 64
-            for picture in pictures:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-            container.mux(stream.encode())
+        workflow_inputs.give(server)
         yield server
 
 

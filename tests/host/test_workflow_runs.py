@@ -10,9 +10,10 @@ import av
 import numpy as np
 import pytest
 
+import workflow_inputs
 from runner.hosts import PACK, Host
 from runner.server import Server
-from small_model import recipe, world
+from small_model import recipe
 
 FOLDER = PACK / "workflows" / "api"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -26,23 +27,13 @@ SMALL = {
 }
 #: What a workflow's length and size become: frames, width and height.
 CLIP, LONG = (24, 64), (40, 64)
-OLD, HELD = 32, 4  # frames of a clip to go on from, and how many of them are held
+OLD, HELD = workflow_inputs.CLIP_FRAMES, 4  # frames of a clip to go on from, and how many of them are held
 
 
 @pytest.fixture(scope="module")
 def server(host_path):
     with Server(Host(host_path)) as server:
-        pictures = (world.render(world.sample(world.HELD_OUT), OLD) * 255).round().astype(np.uint8)
-        from PIL import Image
-
-        for name, frame in (("example.png", 0), ("last.png", 20)):
-            Image.fromarray(pictures[frame]).save(server.input / name)
-        with av.open(str(server.input / "clip.mp4"), "w") as container:
-            stream = container.add_stream("libx264", 30, options={"crf": "10"})
-            stream.width = stream.height = 64
-            for picture in pictures:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-            container.mux(stream.encode())
+        workflow_inputs.give(server)
         yield server
 
 

@@ -38,6 +38,7 @@ from ...temporal import as_picture_convolution, blended_convolution
 from .memory import MemorySettings, bounded_layers, configure, original
 from .preview import play_while_sampling
 from .transformer import ExtendedVideoTransformer
+from .wrapping import check_svd
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -178,9 +179,8 @@ def model_widths(transformers: Mapping[str, SpatialVideoTransformer]) -> list[in
 
 def find_transformers(model: ModelPatcher) -> dict[str, SpatialVideoTransformer]:
     """The 16 transformers that extensions extend, by their path in the patcher's model."""
-    not_svd = "ExVideo extends Stable Video Diffusion (SVD) only. Load an SVD checkpoint, such as svd_xt."
-    if not isinstance(model.model, comfy.model_base.SVD_img2vid):
-        raise ValueError(f"The model is a {type(model.model).__name__}. {not_svd}")
+    check_svd(model)
+    other = "It is an SVD of another layout. Load an SVD checkpoint, such as svd_xt."
     transformers: dict[str, SpatialVideoTransformer] = {}
     for name in layouts.SVD_TRANSFORMERS:
         path = _UNET + name
@@ -188,9 +188,9 @@ def find_transformers(model: ModelPatcher) -> dict[str, SpatialVideoTransformer]
             # The unpatched original: the same model may be patched with another clone's transformers right now.
             transformer = model.get_model_object(path)
         except AttributeError as error:
-            raise ValueError(f"The model has no transformer {name}. {not_svd}") from error
+            raise ValueError(f"The model has no transformer {name}. {other}") from error
         if not isinstance(transformer, SpatialVideoTransformer) or len(transformer.time_stack) != 1:
-            raise ValueError(f"The model's {name} is a {type(transformer).__name__} of another layout. {not_svd}")
+            raise ValueError(f"The model's {name} is another {type(transformer).__name__}. {other}")
         transformers[path] = transformer
     return transformers
 

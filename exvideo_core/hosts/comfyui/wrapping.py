@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_svd(model: ModelPatcher) -> None:
+    """Raises ValueError where a model is of another kind."""
     if not isinstance(model.model, comfy.model_base.SVD_img2vid):
         raise ValueError(
             f"The model is a {type(model.model).__name__}, and this is for Stable Video Diffusion (SVD). "
