@@ -2,7 +2,7 @@
 
     python run.py help
 
-What a node, an input or an output is stands in its schema (`nodes/`), in Chinese in `locales/zh/nodeDefs.json`:
+What a node, an input or an output is stands in its schema (`nodes/`), translated in `locales/`:
 tooltips show it, and here it becomes the first part of its help page. What else there is to say stands in
 `docs/nodes/<language>/`: when to use the node, memory and time, errors and what to do. A test fails where a page is not
 what this module makes.
@@ -47,6 +47,7 @@ WORDS = {
     "en": Words("Inputs", "Outputs", ", ", "optional", "default", "to", "on", "off",
                 "The node in a graph", "a file"),
     "zh": Words("输入", "输出", "，", "可选", "默认", "至", "开", "关", "图中的节点", "文件"),
+    "ja": Words("入力", "出力", "、", "省略可", "既定値", "から", "オン", "オフ", "グラフの中のノード", "ファイル"),
 }  # fmt: skip
 
 
@@ -78,9 +79,11 @@ def load_pack(part: str, name: str = "exvideo_help") -> ModuleType:
 def expected(nodes: list[Any]) -> dict[Path, str]:
     """Every file that is made, and what is to be in it."""
     schemas = [node.define_schema() for node in nodes]
-    texts = json.loads((PACK / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
     files = {PAGES / f"{schema.node_id}.md": page(schema) for schema in schemas}
-    files |= {PAGES / schema.node_id / "zh.md": page(schema, texts[schema.node_id], "zh") for schema in schemas}
+    for language in WORDS.keys() - {"en"}:
+        texts = json.loads((PACK / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+        for schema in schemas:
+            files[PAGES / schema.node_id / f"{language}.md"] = page(schema, texts[schema.node_id], language)
     readme = PACK / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(_MARKS[0])
     rows = [f"| {schema.display_name} | {schema.description.split('. ')[0].removesuffix('.')} |" for schema in schemas]

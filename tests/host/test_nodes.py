@@ -52,11 +52,18 @@ def test_help_pages_and_readme_are_made_from_the_nodes_own_texts(nodes) -> None:
             assert (help_pages.PAGES / picture).read_bytes().startswith(b"\xff\xd8"), (path.name, picture)
     pages = {path.relative_to(help_pages.PAGES).as_posix() for path in help_pages.PAGES.rglob("*.md")}
     ids = {node.define_schema().node_id for node in nodes}
-    assert pages == {f"{name}.md" for name in ids} | {f"{name}/zh.md" for name in ids}
+    assert pages == {f"{name}.md" for name in ids} | {
+        f"{name}/{language}.md" for name in ids for language in ("zh", "ja")
+    }
 
 
 @pytest.mark.parametrize(
-    ("language", "headings"), [("en", ("## Memory and time", "## Errors")), ("zh", ("## 内存与时间", "## 错误"))]
+    ("language", "headings"),
+    [
+        ("en", ("## Memory and time", "## Errors")),
+        ("zh", ("## 内存与时间", "## 错误")),
+        ("ja", ("## メモリと時間", "## エラー")),
+    ],
 )
 def test_every_page_tells_of_memory_and_of_errors_that_exist(nodes, language: str, headings: tuple[str, str]) -> None:
     sources = [*(PACK / "nodes").glob("*.py"), *(PACK / "exvideo_core").rglob("*.py")]
