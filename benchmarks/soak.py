@@ -5,8 +5,8 @@
 A third of the prompts is cancelled or made to fail: cancelled after a random step, refused for wrong inputs, stopped by
 a bad file or impossible lengths, or by an exception (one in two an out-of-memory error) that a node injects into the
 middle of sampling. All others have to give to the bit what another server, that had seen nothing else, gave for them.
-Memory, files and threads are the server's, at the end against after a sixth of the prompts. Leak warnings are those that
-ComfyUI gives where a copy of a model is gone and an entry of it is left.
+Memory, files and threads are the server's, at the end against after a sixth of the prompts. Leak warnings are ComfyUI's
+own: a copy of a model is gone, and an entry of it is left.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def main() -> int:
         with ThreadPoolExecutor(CLIENTS) as clients:
             list(clients.map(one, cases))
         left = [str(path.relative_to(server.base)) for path in server.output.rglob("*") if path.is_file()]
+        history = len(json.dumps(server.get("/history")))
         leaks = server.log().count("WARNING, memory leak")
     settled, steps = options.prompts // 6, np.arange(options.prompts)
     memory = np.array([row[0] for row in usage])
@@ -118,6 +119,7 @@ def main() -> int:
         "MiB_after_a_sixth": round(float(np.median(memory[settled : settled + 10]))),
         "MiB_at_the_end": round(float(np.median(memory[-10:]))),
         "MiB_more_every_100_prompts": round(float(np.polyfit(steps[settled:], memory[settled:], 1)[0] * 100), 2),
+        "MiB_of_history": round(history / MIB, 2),
         "open_files": [max(r[1] for r in usage[settled : settled + 10]), max(r[1] for r in usage[-10:])],
         "threads": [max(r[2] for r in usage[settled : settled + 10]), max(r[2] for r in usage[-10:])],
         "leak_warnings": leaks, "seconds": round(time.monotonic() - began),

@@ -1,0 +1,53 @@
+"""Patched copies of a model are gone as soon as nobody holds them: no cycle keeps them for the garbage collector."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import comfy.sample
+import pytest
+import torch
+
+from exvideo_core.extension import Extension
+from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+from exvideo_core.hosts.comfyui.memory import MemorySettings
+from exvideo_core.hosts.comfyui.patch import apply_extension, with_memory
+from exvideo_core.hosts.comfyui.recording import recorded
+from exvideo_core.hosts.comfyui.tiles import Tiles, with_tiles
+from exvideo_core.hosts.comfyui.windows import Windows, with_windows
+
+#: What follows ExVideo Apply.
+WAYS = {
+    "nothing": lambda model: model,
+    "memory": lambda model: with_memory(model, MemorySettings(1, True)),
+    "sequential": lambda model: with_windows(model, Windows(6, 2, "sequential")),
+    "pyramid": lambda model: with_windows(model, Windows(6, 2, "pyramid")),
+    "tiles": lambda model: with_tiles(model, Tiles(6, 8, 2)),
+    "recorded": lambda model: recorded(model, 2)[0],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_dies_with_its_last_reference(small_models, way: str) -> None:
+    checkpoint, extension = small_models
+    base, _, _ = load_checkpoint(str(checkpoint))
+    applied = apply_extension(base, Extension.load(extension))
+    copy = WAYS[way](applied)
+    watched = [weakref.ref(applied), weakref.ref(copy)]
+    gc.collect()
+    gc.disable()
+    try:
+        _sample(copy)
+        del applied, copy
+        assert [reference() for reference in watched] == [None, None]
+    finally:
+        gc.enable()
+
+
+def _sample(model) -> None:
+    latent = torch.zeros(8, 4, 8, 8)
+    conditioning = [[torch.zeros(1, 1, 64), {"motion_bucket_id": 127, "fps": 30, "augmentation_level": 0.0,
+                                             "concat_latent_image": torch.zeros(1, 4, 8, 8)}]]  # fmt: skip
+    noise = comfy.sample.prepare_noise(latent, 0)
+    comfy.sample.sample(model, noise, 2, 1.0, "euler", "karras", conditioning, conditioning, latent)
