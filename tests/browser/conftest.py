@@ -74,6 +74,20 @@ class App:
         self.page.locator("button[aria-label^='Fit View']").click()
         self.page.wait_for_timeout(1000)
 
+    def look(self, left: float, top: float, scale: float) -> None:
+        """Show the graph from a place of it on."""
+        self.page.evaluate(
+            """([left, top, scale]) => {
+                const {ds} = window.app.canvas
+                ds.scale = scale
+                ds.offset[0] = -left
+                ds.offset[1] = -top
+                window.app.canvas.setDirty(true, true)
+            }""",
+            [left, top, scale],
+        )
+        self.page.wait_for_timeout(1000)
+
     def nodes(self) -> list[str]:
         return self.page.evaluate("window.app.graph._nodes.map(node => node.type)")
 
