@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import select
@@ -209,13 +208,8 @@ def _svd_sized() -> Parts:
     """The header of a checkpoint of SVD's own sizes in fp16, and its data as a hole."""
     import random_model
 
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, shape in random_model.svd_shapes().items():
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    return Parts(header, bytearray(), offset)
+    header, size = random_model.svd_header()
+    return Parts(header, bytearray(), size)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from runner.hosts import PACK, Host
+from runner.hosts import Host
+from runner.prompts import quick, to_file, unpatched
 from runner.server import Prompt, Result, Server
 from small_model import recipe
 
 from . import report
 
-QUICKSTART = PACK / "workflows" / "api" / "exvideo_quickstart.json"
 MIB = 2**20
 CLIENTS = 2
 FAULT = """
@@ -129,31 +129,9 @@ def main() -> int:
     return int(bool(faults or left))
 
 
-_fresh = itertools.count(1)
-
-
-def _graph(steps: int = 2, frames: int = 8, **changes: dict[str, Any]) -> Prompt:
-    """The quickstart, shorter, ending in lossless pictures.
-
-    A new seed of noise of strength 0 changes nothing but makes the host run it again.
-    """
-    graph: Prompt = json.loads(QUICKSTART.read_text(encoding="utf-8"))
-    for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
-        del graph[key]
-    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": ["9", 0], "filename_prefix": "frame"}}
-    changes = {
-        "ExVideoConditioning": {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)},
-        "KSampler": {"steps": steps},
-        **changes,
-    }
-    for node in graph.values():
-        node["inputs"].update(changes.get(node["class_type"], {}))
-    return graph
-
-
 def _patched(node: str, frames: int = 8, steps: int = 2, **inputs: Any) -> Prompt:  # noqa: ANN401 - a node's inputs
     """With one more node between ExVideoApply and the sampler."""
-    graph = _graph(steps, frames)
+    graph = quick(frames, steps)
     graph["4"]["inputs"]["model"] = ["more", 0]
     graph["more"] = {"class_type": node, "inputs": {"model": ["3", 0], **inputs}}
     return graph
@@ -163,15 +141,8 @@ def _windows(fuse: str) -> Prompt:
     return _patched("ExVideoWindows", 24, window_frames=12, overlap_frames=4, fuse=fuse, freenoise=False)
 
 
-def _unpatched() -> Prompt:
-    graph = _graph()
-    graph["4"]["inputs"]["model"] = ["1", 0]
-    del graph["2"], graph["3"]
-    return graph
-
-
 def _keyframes() -> Prompt:
-    graph = _graph()
+    graph = quick()
     graph["other"] = {"class_type": "ExVideoExamplePicture", "inputs": {"seed": 10_000_001}}
     graph["keys"] = {"class_type": "ExVideoKeyframes", "inputs": {
         "vae": ["1", 2], "latent": ["6", 2], "images": ["other", 0], "frame_indices": "-1"}}  # fmt: skip
@@ -179,16 +150,11 @@ def _keyframes() -> Prompt:
     return graph
 
 
-def _into_file() -> Prompt:
-    graph = _graph()
-    del graph["save"]
-    more = {"fps": 30, "codec": "ffv1 (lossless)", "quality": 17, "filename_prefix": "clip"}
-    graph["9"] = {"class_type": "ExVideoSaveVideo", "inputs": {**graph["9"]["inputs"], **more}}
-    return graph
+_names = itertools.count(1)
 
 
 def _new_extension() -> Prompt:
-    name = f"new{next(_fresh)}"  # else the host answers from its cache
+    name = f"new{next(_names)}"  # else the host answers from its cache
     return {
         "1": {"class_type": "ExVideoCheckpointLoader", "inputs": {"ckpt_name": recipe.CHECKPOINT.name}},
         "2": {"class_type": "ExVideoInit", "inputs": {"model": ["1", 0], "frames": 30}},
@@ -198,29 +164,29 @@ def _new_extension() -> Prompt:
 
 
 GOOD: dict[str, Callable[[], Prompt]] = {
-    "clip": _graph,
-    "longer clip": lambda: _graph(frames=40),
-    "half strength": lambda: _graph(ExVideoApply={"strength": 0.5}),
-    "base": _unpatched,
+    "clip": quick,
+    "longer clip": lambda: quick(40),
+    "half strength": lambda: quick(ExVideoApply={"strength": 0.5}),
+    "base": lambda: unpatched(quick()),
     "windows in turn": lambda: _windows("sequential"),
     "windows averaged": lambda: _windows("pyramid"),
     "skips offloaded": lambda: _patched("ExVideoMemory", 12, chunk_megabytes=1, offload_skips=True),
     "keyframes": _keyframes,
-    "into a file": _into_file,
+    "into a file": lambda: to_file(quick()),
     "new extension": _new_extension,
 }
 BAD: dict[str, tuple[Callable[[], Prompt], str]] = {
-    "cut file": (lambda: _graph(ExVideoLoader={"extension_name": "cut.safetensors"}), "ExVideoLoader"),
-    "checkpoint as extension": (lambda: _graph(ExVideoLoader={"extension_name": "base.safetensors"}), "ExVideoLoader"),
-    "too many frames": (lambda: _graph(frames=129), "KSampler"),
+    "cut file": (lambda: quick(ExVideoLoader={"extension_name": "cut.safetensors"}), "ExVideoLoader"),
+    "checkpoint as extension": (lambda: quick(ExVideoLoader={"extension_name": "base.safetensors"}), "ExVideoLoader"),
+    "too many frames": (lambda: quick(129), "KSampler"),
     "windows too long": (lambda: _patched("ExVideoWindows", 140, window_frames=130, overlap_frames=4,
                                           fuse="sequential", freenoise=False), "ExVideoWindows"),
-    "outside the output folder": (lambda: _graph(SaveImage={"filename_prefix": "../frame"}), "SaveImage"),
+    "outside the output folder": (lambda: to_file(quick(), filename_prefix="../clip"), "ExVideoSaveVideo"),
 }  # fmt: skip
 INVALID: dict[str, Callable[[], Prompt]] = {
-    "overlap as long as the chunk": lambda: _graph(ExVideoDecode={"chunk_frames": 4, "overlap_frames": 4}),
-    "strength of 2": lambda: _graph(ExVideoApply={"strength": 2.0}),
-    "file that is not there": lambda: _graph(ExVideoLoader={"extension_name": "../../secret.safetensors"}),
+    "overlap as long as the chunk": lambda: quick(ExVideoDecode={"chunk_frames": 4, "overlap_frames": 4}),
+    "strength of 2": lambda: quick(ExVideoApply={"strength": 2.0}),
+    "file that is not there": lambda: quick(ExVideoLoader={"extension_name": "../../secret.safetensors"}),
 }
 
 
@@ -230,7 +196,7 @@ def _case(rng: random.Random) -> Case:
         return Case(kind, GOOD[kind](), "good")
     way = rng.choice(["cancelled", "cancelled", "fault", "bad", "invalid"])
     if way == "cancelled":
-        graph = rng.choice([_graph(20, 40), _windows("sequential"), _windows("pyramid")])
+        graph = rng.choice([quick(40, 20), _windows("sequential"), _windows("pyramid")])
         graph["7"]["inputs"]["steps"] = 20
         return Case("long", graph, "cancelled", after=rng.randint(1, 12))
     if way == "fault":

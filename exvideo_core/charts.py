@@ -42,7 +42,8 @@ def extension_chart(extension: Extension, distances: Sequence[Distance], block: 
 
     table = extension.blocks[block].positions.float()
     unit = torch.nn.functional.normalize(table, dim=1)
-    limit = max(table.abs().quantile(0.99).item(), 1e-6) if table.numel() < 2**24 else table.abs().max().item()
+    # torch's quantile takes no more than 16 million numbers.
+    limit = max((table.abs().quantile(0.99) if table.numel() < 2**24 else table.abs().max()).item(), 1e-6)
     top, left = 4 * _LINE, _MARGIN
     panels = [
         (f"Positions of block {block + 1} (+-{limit:.2g})", table / limit, "channel", table.shape[1]),

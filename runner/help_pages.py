@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from .hosts import PACK
@@ -41,13 +40,16 @@ class Words:
     off: str
     picture: str
     file: str
+    headings: tuple[str, str]  # that a page has to have: memory and time, errors
 
 
 WORDS = {
     "en": Words("Inputs", "Outputs", ", ", "optional", "default", "to", "on", "off",
-                "The node in a graph", "a file"),
-    "zh": Words("输入", "输出", "，", "可选", "默认", "至", "开", "关", "图中的节点", "文件"),
-    "ja": Words("入力", "出力", "、", "省略可", "既定値", "から", "オン", "オフ", "グラフの中のノード", "ファイル"),
+                "The node in a graph", "a file", ("Memory and time", "Errors")),
+    "zh": Words("输入", "输出", "，", "可选", "默认", "至", "开", "关", "图中的节点", "文件",
+                ("内存与时间", "错误")),
+    "ja": Words("入力", "出力", "、", "省略可", "既定値", "から", "オン", "オフ", "グラフの中のノード", "ファイル",
+                ("メモリと時間", "エラー")),
 }  # fmt: skip
 
 
@@ -58,13 +60,8 @@ def main() -> int:
     return 0
 
 
-def load_nodes() -> list[Any]:
-    """The pack's node classes, in a process where the host is importable."""
-    return load_pack("nodes").NODES
-
-
-def load_pack(part: str, name: str = "exvideo_help") -> ModuleType:
-    """A part of the pack, imported as the host imports it, from a folder of any name."""
+def load_nodes(name: str = "exvideo_help") -> list[Any]:
+    """The pack's node classes, imported as the host imports them: from a folder of any name."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             name, PACK / "__init__.py", submodule_search_locations=[str(PACK)]
@@ -73,7 +70,7 @@ def load_pack(part: str, name: str = "exvideo_help") -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
         importlib.import_module(f"{name}.nodes.folders").register_model_folder()
-    return importlib.import_module(f"{name}.{part}")
+    return importlib.import_module(f"{name}.nodes").NODES
 
 
 def expected(nodes: list[Any]) -> dict[Path, str]:

@@ -111,6 +111,18 @@ def svd_shapes() -> dict[str, tuple[int, ...]]:
     return checkpoint_shapes(unet, {**VAE, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}, clip)
 
 
+def svd_header() -> tuple[dict[str, dict], int]:
+    """The safetensors header of such a checkpoint in fp16, and how many bytes of data it asks for."""
+    import math
+
+    header, size = {}, 0
+    for name, shape in svd_shapes().items():
+        end = size + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [size, end]}
+        size = end
+    return header, size
+
+
 def checkpoint_shapes(unet_sizes: dict, vae_sizes: dict, clip_sizes: dict) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a checkpoint: what the host's classes hold, under the file's names."""
     import comfy.clip_model

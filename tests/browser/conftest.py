@@ -129,6 +129,11 @@ class App:
     def run(self) -> None:
         self.page.get_by_role("button", name="Run", exact=True).first.click()
 
+    def help(self, kind: str) -> None:
+        """Open the help page of a node."""
+        self.page.mouse.click(*self.place(kind))
+        self.page.locator("[data-testid=info-button], .selection-toolbox button:nth-child(2)").first.click()
+
     def drop(self, name: str, content: bytes, kind: str) -> None:
         """Drag a file onto the canvas."""
         self.page.evaluate(

@@ -71,9 +71,7 @@ def test_run_shows_progress_a_moving_preview_and_the_video(app) -> None:
 
 def test_a_nodes_help_page_opens(app) -> None:
     app.load_template("exvideo_quickstart")
-    app.page.mouse.click(*app.place("ExVideoConditioning"))
-    info = app.page.locator("[data-testid=info-button], .selection-toolbox button:nth-child(2)").first
-    info.click()
+    app.help("ExVideoConditioning")
     app.page.get_by_text("Use it where SVD_img2vid_Conditioning would stand").first.wait_for()
     app.shot("help")
 
@@ -137,38 +135,34 @@ def test_pictures_show_in_their_nodes(app) -> None:
     app.shot("pictures")
 
 
-def test_help_speaks_chinese_where_the_frontend_does(app) -> None:
+@pytest.fixture
+def chinese(app):
+    """The frontend in Chinese."""
     app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
-    try:
-        app.page.reload()
-        app.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=90_000)
-        app.page.wait_for_timeout(3000)
-        app.drop("mine.json", (FOLDER / "exvideo_quickstart.json").read_bytes(), "application/json")
-        app.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoConditioning')")
-        app.page.wait_for_timeout(1000)
-        app.page.mouse.click(*app.place("ExVideoConditioning"))
-        app.page.locator("[data-testid=info-button], .selection-toolbox button:nth-child(2)").first.click()
-        app.page.get_by_text("按 SVD 训练时的尺度加噪声").first.wait_for()
-        app.shot("help_chinese")
-    finally:
-        app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    app.page.reload()
+    app.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=90_000)
+    app.page.wait_for_timeout(3000)
+    yield app
+    app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
 
 
-def test_nodes_speak_chinese_where_the_frontend_does(app) -> None:
-    app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
-    try:
-        app.page.reload()
-        app.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=90_000)
-        app.page.wait_for_timeout(3000)
-        app.drop("mine.json", (FOLDER / "exvideo_long_video.json").read_bytes(), "application/json")
-        app.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoWindows')")
-        labels = app.page.evaluate(
-            "window.app.graph._nodes.find(node => node.type === 'ExVideoWindows').widgets.map(widget => widget.label)"
-        )
-        assert labels[:2] == ["窗口帧数", "重叠帧数"]
-        app.shot("chinese")
-    finally:
-        app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
+def test_help_speaks_chinese_where_the_frontend_does(chinese) -> None:
+    chinese.drop("mine.json", (FOLDER / "exvideo_quickstart.json").read_bytes(), "application/json")
+    chinese.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoConditioning')")
+    chinese.page.wait_for_timeout(1000)
+    chinese.help("ExVideoConditioning")
+    chinese.page.get_by_text("按 SVD 训练时的尺度加噪声").first.wait_for()
+    chinese.shot("help_chinese")
+
+
+def test_nodes_speak_chinese_where_the_frontend_does(chinese) -> None:
+    chinese.drop("mine.json", (FOLDER / "exvideo_long_video.json").read_bytes(), "application/json")
+    chinese.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoWindows')")
+    labels = chinese.page.evaluate(
+        "window.app.graph._nodes.find(node => node.type === 'ExVideoWindows').widgets.map(widget => widget.label)"
+    )
+    assert labels[:2] == ["窗口帧数", "重叠帧数"]
+    chinese.shot("chinese")
 
 
 def test_a_failed_run_names_its_node_and_says_what_to_do(app) -> None:

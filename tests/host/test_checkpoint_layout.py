@@ -29,16 +29,12 @@ def reference_names(module: str, prefix: str) -> set[str]:
 
 def svd_sized(folder: Path) -> Path:
     """A file of SVD's own sizes, whose data are a hole."""
-    header, offset = {}, 0
-    for name, shape in random_model.svd_shapes().items():
-        end = offset + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+    header, size = random_model.svd_header()
     raw = json.dumps(header).encode()
     path = folder / "svd.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
-        file.truncate(8 + len(raw) + offset)
+        file.truncate(8 + len(raw) + size)
     return path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import threading
 from pathlib import Path
@@ -17,56 +15,16 @@ from safetensors.torch import load_file, save_file
 
 import random_model
 from exvideo_core.extension import Extension
-from runner.hosts import PACK, Host
+from runner.hosts import Host
+from runner.prompts import quick, quickstart, to_file, unpatched
 from runner.server import Server
 from small_model import measure, recipe, world
-
-QUICKSTART = PACK / "workflows" / "api" / "exvideo_quickstart.json"
 
 
 @pytest.fixture(scope="module")
 def server(host_path):
     with Server(Host(host_path)) as server:
         yield server
-
-
-def prompt(**changes: dict) -> dict:
-    """The saved quickstart, with changed inputs by class."""
-    graph = json.loads(QUICKSTART.read_text(encoding="utf-8"))
-    for node in graph.values():
-        node["inputs"].update(changes.get(node["class_type"], {}))
-    return graph
-
-
-_fresh = itertools.count(1)
-
-
-def quick(frames: int = 8, steps: int = 2, **changes: dict) -> dict:
-    """The same with few frames and steps, ending in lossless pictures.
-
-    A new seed for noise of strength 0 changes nothing but makes the host sample again, with the models it holds,
-    where it would answer an equal prompt from its cache.
-    """
-    conditioning = {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
-    graph = prompt(**{"ExVideoConditioning": conditioning, "KSampler": {"steps": steps}, **changes})
-    for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
-        del graph[key]
-    decode = next(key for key, node in graph.items() if node["class_type"] == "ExVideoDecode")
-    graph["save"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "frame"}}
-    return graph
-
-
-def unpatched(graph: dict) -> dict:
-    """Without ExVideoApply: its users read the checkpoint's model."""
-    graph = copy.deepcopy(graph)
-    apply = next(key for key, node in graph.items() if node["class_type"] == "ExVideoApply")
-    model = graph[apply]["inputs"]["model"]
-    del graph[apply]
-    for node in graph.values():
-        for name, value in node["inputs"].items():
-            if value == [apply, 0]:
-                node["inputs"][name] = model
-    return graph
 
 
 def frames(server: Server, result) -> list[bytes]:
@@ -86,7 +44,7 @@ def _pixels(path: Path) -> bytes:
 
 
 def test_the_quickstart_makes_128_frames_that_move_right(server) -> None:
-    graph = prompt()
+    graph = quickstart()
     result = server.run(graph)
     assert result.status == "success", result.error
     entry = next(e for output in result.outputs.values() for e in output.get("images", []))
@@ -186,16 +144,6 @@ def test_too_many_frames_fail_on_the_sampler_and_leave_the_server_usable(server)
     assert result.status == "error" and result.error["node_type"] == "KSampler"
     assert "130 frames" in result.error["exception_message"]
     assert len(frames(server, server.run(quick()))) == 8
-
-
-def to_file(graph: dict, **inputs: object) -> dict:
-    """With the pictures written by ExVideoSaveVideo, in a folder of their own."""
-    graph = copy.deepcopy(graph)
-    graph.pop("save")
-    key, decode = next((key, node) for key, node in graph.items() if node["class_type"] == "ExVideoDecode")
-    settings = {"fps": 24, "codec": "ffv1 (lossless)", "quality": 17, "filename_prefix": "direct/clip"}
-    graph[key] = {"class_type": "ExVideoSaveVideo", "inputs": {**decode["inputs"], **settings, **inputs}}
-    return graph
 
 
 def test_a_video_is_written_as_it_is_decoded(server) -> None:

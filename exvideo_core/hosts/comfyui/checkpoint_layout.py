@@ -100,9 +100,9 @@ def unet_config(sizes: Mapping[str, Any]) -> comfy.supported_models.SVD_img2vid:
     return config
 
 
-def vae_model(sizes: dict[str, Any], device: str | None = None) -> AutoencodingEngine:
+def vae_model(sizes: dict[str, Any], device: str = "cpu") -> AutoencodingEngine:
     """The host's VAE with SVD's temporal decoder, of these sizes."""
-    with torch.device(device or "cpu"):
+    with torch.device(device):
         return AutoencodingEngine(
             regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
             encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": sizes},

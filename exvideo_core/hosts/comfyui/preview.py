@@ -6,25 +6,27 @@ shows previews shows a moving one.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import io
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.utils
 import latent_preview
 import torch
-from comfy.patcher_extension import WrappersMP
 from PIL import ImageOps
 
-from .wrapping import wrap
+from .wrapping import around_callback
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from PIL.Image import Image
+
+    from .wrapping import StepCallback
 
 _KEY = "exvideo_preview"
 #: Shares of the time that making pictures and sending them may take. Two full cores make it about twice as much.
@@ -35,29 +37,20 @@ _MOST_PICTURES = 128
 
 def play_while_sampling(patched: ModelPatcher) -> None:
     """Give a clone the preview. It follows the user's own choice of previews, and is off where they are off."""
-    wrap(patched, WrappersMP.OUTER_SAMPLE, _KEY, _watched, first=False)
+    around_callback(patched, _KEY, _played)
 
 
-def _watched(
-    executor: Any,  # noqa: ANN401 - the host's
-    noise: torch.Tensor,
-    latent_image: torch.Tensor,
-    sampler: Any,  # noqa: ANN401
-    sigmas: torch.Tensor,
-    denoise_mask: torch.Tensor | None = None,
-    callback: Callable[..., None] | None = None,
-    *rest: Any,  # noqa: ANN401
-    **named: Any,  # noqa: ANN401
-) -> torch.Tensor:
-    patcher: ModelPatcher = executor.class_obj.model_patcher
+@contextlib.contextmanager
+def _played(patcher: ModelPatcher, noise: torch.Tensor, callback: StepCallback) -> Iterator[StepCallback]:
     previewer = None
     if callback is not None and len(noise) > 1 and comfy.utils.PROGRESS_BAR_HOOK is not None:
         previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
     if previewer is None:
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *rest, **named)
+        yield callback
+        return
     player = Player(previewer, callback)
     try:
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, player.step, *rest, **named)
+        yield player.step
     finally:
         player.stop()
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from comfy.patcher_extension import WrappersMP
 
-from .wrapping import wrap
+from .wrapping import around_callback
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+
+    from .wrapping import StepCallback
 
 _KEY = "exvideo_recording"
 
@@ -46,18 +48,8 @@ def recorded(model: ModelPatcher, steps: int) -> tuple[ModelPatcher, Recording]:
     """A clone whose sampling is recorded, and where it is written."""
     recording = Recording(steps)
 
-    def wrapper(
-        executor: Any,  # noqa: ANN401 - the host's
-        noise: torch.Tensor,
-        latent_image: torch.Tensor,
-        sampler: Any,  # noqa: ANN401
-        sigmas: torch.Tensor,
-        denoise_mask: torch.Tensor | None = None,
-        callback: Callable[..., None] | None = None,
-        *rest: Any,  # noqa: ANN401
-        **named: Any,  # noqa: ANN401
-    ) -> torch.Tensor:
-        patcher: ModelPatcher = executor.class_obj.model_patcher
+    @contextlib.contextmanager
+    def kept(patcher: ModelPatcher, noise: torch.Tensor, callback: StepCallback) -> Iterator[StepCallback]:
         recording.begin(0)
 
         def keep(step: int, denoised: torch.Tensor, x: torch.Tensor, steps: int) -> None:
@@ -68,8 +60,8 @@ def recorded(model: ModelPatcher, steps: int) -> tuple[ModelPatcher, Recording]:
             if callback is not None:
                 callback(step, denoised, x, steps)
 
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, keep, *rest, **named)
+        yield keep
 
     clone = model.clone()
-    wrap(clone, WrappersMP.OUTER_SAMPLE, _KEY, wrapper, first=False)
+    around_callback(clone, _KEY, kept)
     return clone, recording

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_base
+from comfy.patcher_extension import WrappersMP
 
 if TYPE_CHECKING:
+    import torch
     from comfy.model_patcher import ModelPatcher
+
+    #: The host's callback of a step: step, clean prediction, noisy sample, number of steps. None if it has none.
+    StepCallback = Callable[[int, torch.Tensor, torch.Tensor, int], None] | None
 
 
 def check_svd(model: ModelPatcher) -> None:
@@ -27,6 +33,34 @@ def wrap(patched: ModelPatcher, kind: str, key: str, wrapper: Callable[..., Any]
     if first:
         others = patched.wrappers[kind]
         patched.wrappers[kind] = {key: others.pop(key), **others}
+
+
+def around_callback(
+    patched: ModelPatcher,
+    key: str,
+    around: Callable[[ModelPatcher, torch.Tensor, StepCallback], AbstractContextManager[StepCallback]],
+) -> None:
+    """Put something in the place of the host's callback of a step, for the time of a sampler's run.
+
+    Args:
+        around: takes the model that is sampled, the noise and the callback; gives the one to call.
+    """
+
+    def wrapper(
+        executor: Any,  # noqa: ANN401 - the host's
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        sampler: Any,  # noqa: ANN401
+        sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
+        callback: StepCallback = None,
+        *rest: Any,  # noqa: ANN401
+        **named: Any,  # noqa: ANN401
+    ) -> torch.Tensor:
+        with around(executor.class_obj.model_patcher, noise, callback) as called:
+            return executor(noise, latent_image, sampler, sigmas, denoise_mask, called, *rest, **named)
+
+    wrap(patched, WrappersMP.OUTER_SAMPLE, key, wrapper, first=False)
 
 
 def room_for(frames: int | None = None, height: int | None = None, width: int | None = None) -> Callable[..., Any]:

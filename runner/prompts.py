@@ -1,0 +1,61 @@
+"""Short prompts on the small model, made of the saved quickstart: for the tests and benchmarks of a server."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from typing import Any
+
+from .hosts import PACK
+from .server import Prompt
+
+_fresh = itertools.count(1)
+
+
+def quickstart(**changes: dict[str, Any]) -> Prompt:
+    """The saved quickstart, with changed inputs by class."""
+    graph: Prompt = json.loads((PACK / "workflows" / "api" / "exvideo_quickstart.json").read_text(encoding="utf-8"))
+    for node in graph.values():
+        node["inputs"].update(changes.get(node["class_type"], {}))
+    return graph
+
+
+def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
+    """The same with few frames and steps, ending in lossless pictures.
+
+    A new seed for noise of strength 0 changes nothing but makes the host sample again, with the models it holds,
+    where it would answer an equal prompt from its cache.
+    """
+    conditioning = {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
+    graph = quickstart(**{"ExVideoConditioning": conditioning, "KSampler": {"steps": steps}, **changes})
+    for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
+        del graph[key]
+    saved = {"images": [find(graph, "ExVideoDecode"), 0], "filename_prefix": "frame"}
+    graph["save"] = {"class_type": "SaveImage", "inputs": saved}
+    return graph
+
+
+def unpatched(graph: Prompt) -> Prompt:
+    """Without ExVideoApply: its users read the checkpoint's model."""
+    graph = copy.deepcopy(graph)
+    apply = find(graph, "ExVideoApply")
+    model = graph.pop(apply)["inputs"]["model"]
+    for node in graph.values():
+        node["inputs"] = {name: model if value == [apply, 0] else value for name, value in node["inputs"].items()}
+    return graph
+
+
+def to_file(graph: Prompt, **inputs: Any) -> Prompt:  # noqa: ANN401 - a node's inputs
+    """With the pictures written by ExVideoSaveVideo, without a loss, in a folder of their own."""
+    graph = copy.deepcopy(graph)
+    del graph["save"]
+    key = find(graph, "ExVideoDecode")
+    settings = {"fps": 24, "codec": "ffv1 (lossless)", "quality": 17, "filename_prefix": "direct/clip"}
+    graph[key] = {"class_type": "ExVideoSaveVideo", "inputs": {**graph[key]["inputs"], **settings, **inputs}}
+    return graph
+
+
+def find(graph: Prompt, kind: str) -> str:
+    """The id of the first node of a class."""
+    return next(key for key, node in graph.items() if node["class_type"] == kind)
