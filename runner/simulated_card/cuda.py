@@ -193,6 +193,10 @@ def _outside(*_: Any) -> None:  # noqa: ANN401
     raise RuntimeError("a thread computes on a simulated card outside of simulated_card.active()")
 
 
+def _no_record_stream(tensor: torch.Tensor, stream: Stream) -> None:
+    raise NotImplementedError(f"record_stream of a tensor on {tensor.device}: only tensors of a card have streams")
+
+
 class _NoGraphs:
     """What a simulated card lacks."""
 
@@ -259,6 +263,7 @@ def install() -> None:
         setattr(torch.cuda, name, value)
     for name, value in of_memory.items():
         setattr(torch.cuda.memory, name, value)
+    torch.Tensor.record_stream = _no_record_stream  # type: ignore[method-assign] - CardTensor has its own
     torch._C._host_emptyCache = machine.pinned.empty_cache  # type: ignore[attr-defined]
     if torch.version.cuda is None:
         torch.version.cuda = "13.0"  # what a host takes for the sign of a build for NVIDIA

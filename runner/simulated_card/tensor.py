@@ -92,7 +92,7 @@ class CardTensor(torch.Tensor):
         return tensor
 
     def record_stream(self, stream: object) -> None:
-        """Nothing to do: memory is freed in order. PyTorch's own method takes no stream but a real one."""
+        """Nothing to do: memory is freed in order."""
 
     @classmethod
     def __torch_function__(
