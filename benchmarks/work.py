@@ -4,7 +4,8 @@
 
 fp16, one condition. For ours, the reference and a plain port into the host: floating-point operations (two a
 multiply-add), bytes that operators read and write, and calls of operators, followed with PyTorch's fake tensors on a
-CUDA device. Caches are not modelled: what one operator writes and the next reads counts twice.
+CUDA device. Caches are not modelled: what one operator writes and the next reads counts twice. Layout: what PyTorch and
+cuDNN are estimated to move besides, to compute convolutions in channels last.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from unittest import mock
 import torch
 
 from . import report
-from .counted_work import ATTENTION, CONVOLUTION, LINEAR, FusedAttention, Work
+from .counted_work import ATTENTION, CONVOLUTION, LINEAR, CardKernels, Work
 
 TERA, GIB = 1e12, 2**30
 CARD = torch.device("cuda:0")
@@ -50,7 +51,8 @@ def main() -> int:
 def _figures(work: Work) -> dict[str, Any]:
     kinds = {f"{kind}_tflop": work.by_kind[kind] / TERA for kind in (CONVOLUTION, LINEAR, ATTENTION)}
     total = work.total
-    return {"tflop": total.operations / TERA, **kinds, "gib_moved": total.moved / GIB, "calls": total.calls}
+    return {"tflop": total.operations / TERA, **kinds, "gib_moved": total.moved / GIB, "gib_layout": work.layout / GIB,
+            "calls": total.calls}  # fmt: skip
 
 
 def _by_operator(work: Work, most: int) -> list[dict[str, Any]]:
@@ -93,7 +95,7 @@ def count(maker: str, frames: int, size: int, chunk_megabytes: int) -> Work:
             embedded = torch.empty(1, 768, dtype=torch.float16, device=CARD)
             call = lambda: unets.call_ours(patched, given, embedded)  # noqa: E731
         work = Work()
-        with work, FusedAttention(work):
+        with work, CardKernels(work):
             call()
     return work
 
