@@ -20,7 +20,6 @@ def main() -> int:
     parser.add_argument("--held-gb", type=float, required=True, help="what others hold of it")
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--frames", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--loading", choices=["static", "dynamic"], required=True)
     parser.add_argument("--files", type=Path, required=True, help="folder of the hollow checkpoint and extension")
     options = parser.parse_args()
@@ -41,7 +40,7 @@ def _run(options: argparse.Namespace, dynamic: bool) -> list[dict[str, object]]:
     from . import model_files, stages
 
     clip = stages.Clip(*options.size, options.frames)
-    run = stages.Run(model_files.hollow(options.files), clip, SimulatedMeter(), options.steps)
+    run = stages.Run(model_files.hollow(options.files), clip, SimulatedMeter(), first_chunk_only=True)
     rows = []
     for stage, name, settings in run.stages():
         for setting in settings:

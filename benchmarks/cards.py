@@ -5,8 +5,9 @@
 
 Simulated: cards whose tensors have sizes and no numbers, on which ComfyUI decides as on real ones what to load. It
 knows every tensor, but not the CUDA context, workspaces of libraries, or an allocator's fragments; 0.8 GB are held by
-a desktop. Each clip runs in a process of its own, with two conditions. A stage that does not fit is tried again with
-settings that need less: skip tensors in RAM, smaller chunks, tiles.
+a desktop. Each clip runs in a process of its own: conditioning, a step of the sampler with two conditions, one chunk of
+the decoder (a file is decoded by the same function). A stage that does not fit is tried again with settings that need
+less: skip tensors in RAM, smaller chunks, tiles.
 Real: seconds and memory on this machine's CUDA card, with random weights, and a comparison with the reference and a
 plain port. Results are written after each stage.
 """
@@ -28,8 +29,7 @@ from . import report
 CARDS = (6, 8, 12, 16, 24)
 SIZES = ("512x512", "576x1024", "1024x1024")
 LOADING = ("dynamic", "static")
-#: Attributes of the rows of one stage.
-CONDITION, SAMPLE, DECODE, SAVE = "conditioning", "sampling", "decode", "decode to file"
+CONDITION, SAMPLE, DECODE = "conditioning", "sampling", "decode"
 UNET = "SVD_img2vid"
 
 
@@ -41,7 +41,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench cards", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--frames", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2, help="of the sampler")
     parser.add_argument("--cards", type=float, nargs="+", default=CARDS, metavar="GB", help="memory of each")
     parser.add_argument("--held", type=float, default=0.8, metavar="GB", help="of it, what the desktop holds")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="WIDTHxHEIGHT")
@@ -64,7 +63,7 @@ def _run(options: argparse.Namespace, folder: str, size: str, card: float, loadi
     began = time.monotonic()
     arguments = [
         "--total-gb", str(card), "--held-gb", str(options.held), "--size", *size.split("x"), "--frames",
-        str(options.frames), "--steps", str(options.steps), "--loading", loading, "--files", folder,
+        str(options.frames), "--loading", loading, "--files", folder,
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "benchmarks.card_run", *arguments], capture_output=True, text=True)
     if done.returncode:
@@ -87,10 +86,10 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "fits": all(row["fits"] for row in last.values()),
         "sampling": sample["setting"] if sample["fits"] else "does not fit",
         "decoding": last[DECODE]["setting"] if last[DECODE]["fits"] else "does not fit",
-        **{f"{stage}_gib": last[stage]["figures"]["peak_gib"] for stage in (CONDITION, SAMPLE, DECODE, SAVE)},
+        **{f"{stage}_gib": last[stage]["figures"]["peak_gib"] for stage in (CONDITION, SAMPLE, DECODE)},
         "unet_on_card_gib": on_card,
         "unet_gib": whole,
-        "copied_a_step_gib": sample["figures"].get("step_copied_gib", 0.0),
+        "copied_a_call_gib": sample["figures"].get("call_copied_gib", 0.0),
     }
 
 

@@ -118,19 +118,20 @@ class Run:
 
     Args:
         steps: of the sampler, with two conditions each.
+        first_chunk_only: decode as many frames as one chunk has: further ones need no more of the card.
     """
 
-    def __init__(self, files: Files, clip: Clip, meter: Meter, steps: int = 2) -> None:
+    def __init__(self, files: Files, clip: Clip, meter: Meter, steps: int = 1, first_chunk_only: bool = False) -> None:
         from exvideo_core.extension import Extension
         from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
         from exvideo_core.hosts.comfyui.patch import apply_extension
 
-        self._clip, self._meter, self._steps = clip, meter, steps
+        self._clip, self._meter, self._steps, self._first_chunk_only = clip, meter, steps, first_chunk_only
         model, self._clip_vision, self._vae = load_checkpoint(str(files.checkpoint))
         self._model = apply_extension(model, Extension.load(str(files.extension)))
         self._latent = torch.zeros(clip.frames, 4, clip.height // 8, clip.width // 8)
         self._conditions: Any = None
-        self._step_figures: dict[str, float] = {}
+        self._of_calls: dict[str, float] = {}
 
     def stages(self) -> Iterable[tuple[Callable[[Any], None], str, tuple[Any, ...]]]:
         """Each stage with its name and the settings to try."""
@@ -138,6 +139,8 @@ class Run:
         tiles_help = max(self._clip.width, self._clip.height) > 512
         yield self._sample, SAMPLE, tuple(setting for setting in SAMPLING if tiles_help or not setting.tile)
         yield self._decode, DECODE, DECODING
+        if self._first_chunk_only:
+            return
         if importlib.util.find_spec("av") is None:
             logging.warning("av is not installed: no video file is written")
         else:
@@ -146,7 +149,7 @@ class Run:
     def measure(self, stage: Callable[[Any], None], name: str, setting: Any) -> Row:  # noqa: ANN401 - of a stage
         """Run a stage with a setting."""
         row = Row(name, setting.name)
-        self._step_figures = {}
+        self._of_calls = {}
         self._meter.begin()
         began = time.perf_counter()
         out_of_memory = False
@@ -157,7 +160,7 @@ class Run:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             row.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         row.seconds = time.perf_counter() - began
-        row.figures = self._meter.read() | self._step_figures
+        row.figures = self._meter.read() | self._of_calls
         loaded = in_process.weights_loaded()
         row.weights = {model: (here / GIB, whole / GIB) for model, (here, whole) in loaded.items()}
         in_process.end_of_node(out_of_memory)
@@ -187,27 +190,33 @@ class Run:
             model = with_memory(model, MemorySettings(setting.chunk_megabytes, setting.offload_skips))
         if setting.tile:
             model = with_tiles(model, Tiles(setting.tile // 8, setting.tile // 8, 16))
-        model = _linear_guidance(model)
-        ends: list[tuple[float, int]] = []
-
-        def stepped(*_: Any) -> None:  # noqa: ANN401 - the host's
-            _synchronize()
-            ends.append((time.perf_counter(), self._meter.copied()))
-
+        model = _linear_guidance(model).clone()
+        model.set_model_unet_function_wrapper(self._watched)
         noise = comfy.sample.prepare_noise(self._latent, 0)
         positive, negative = self._conditions
         self._latent = comfy.sample.sample(
-            model, noise, self._steps, 2.0, "euler", "karras", positive, negative, self._latent, callback=stepped,
-            disable_pbar=True, seed=0,
+            model, noise, self._steps, 2.0, "euler", "karras", positive, negative, self._latent, disable_pbar=True,
+            seed=0,
         )  # fmt: skip
-        if len(ends) > 1:
-            (began, before), (ended, after) = ends[-2:]
-            self._step_figures = {"step_seconds": ended - began, "step_copied_gib": (after - before) / GIB}
+
+    def _watched(self, apply: Callable[..., torch.Tensor], given: dict[str, Any]) -> torch.Tensor:
+        """A call of the model by the host's sampler; figures of the last one stay."""
+        _synchronize()
+        began, before = time.perf_counter(), self._meter.copied()
+        out = apply(given["input"], given["timestep"], **given["c"])
+        _synchronize()
+        self._of_calls = {
+            "call_seconds": time.perf_counter() - began,
+            "call_copied_gib": (self._meter.copied() - before) / GIB,
+            "call_conditions": len(given["cond_or_uncond"]),
+        }
+        return out
 
     def _decode(self, setting: Decoding) -> None:
         from exvideo_core.hosts.comfyui.pixels import decode
 
-        decode(self._vae, self._latent, setting.chunk_frames, setting.overlap_frames, "smooth")
+        latent = self._latent[: setting.chunk_frames] if self._first_chunk_only else self._latent
+        decode(self._vae, latent, setting.chunk_frames, setting.overlap_frames, "smooth")
         _synchronize()
 
     def _save(self, setting: Decoding) -> None:
