@@ -16,11 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from .hosts import PACK, Host
+
+if TYPE_CHECKING:
+    from .simulated_card.launch import Simulation
 
 Prompt = dict[str, dict[str, Any]]
 ProgressCallback = Callable[[str, int, int], None]
@@ -55,6 +58,7 @@ class Server:
         keep: leave the server's folder.
         arguments: further ones of ComfyUI's command line.
         prefix: how the name of the server's folder begins.
+        simulation: simulated cards to run on; None for what the machine has.
     """
 
     def __init__(
@@ -64,8 +68,10 @@ class Server:
         keep: bool = False,
         arguments: Sequence[str] = (),
         prefix: str = "exvideo-server-",
+        simulation: Simulation | None = None,
     ) -> None:
         self.host = host
+        self.simulation = simulation
         self.keep = keep
         self._arguments = list(arguments)
         self.base = Path(tempfile.mkdtemp(prefix=prefix))
@@ -83,17 +89,15 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
-        import torch
-
-        command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
-        command += ["--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes"]
+        arguments = ["--listen", "127.0.0.1", "--port", str(self.port)]
+        arguments += ["--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes"]
         # Else the server opens, and may migrate, the database of the user's install.
-        command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
-        command += [*([] if torch.cuda.is_available() else ["--cpu"]), *self._arguments]
+        arguments += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}", *self._arguments]
+        command, folder = self._command(arguments)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.host.path, stdout=log, stderr=subprocess.STDOUT, env=environment
+                command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
         try:
             self._wait_until_up()
@@ -106,6 +110,15 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+
+    def _command(self, arguments: list[str]) -> tuple[list[str], Path]:
+        """What to run, and in which folder."""
+        if self.simulation is not None:
+            return self.simulation.command(self.host.path, arguments), PACK
+        import torch
+
+        device = [] if torch.cuda.is_available() else ["--cpu"]
+        return [sys.executable, "main.py", *device, *arguments], self.host.path
 
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
