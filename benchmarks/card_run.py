@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace, dynamic: bool) -> list[dict[str, object]]:
     from . import model_files, stages
 
     clip = stages.Clip(*options.size, options.frames)
-    run = stages.Run(model_files.hollow(options.files), clip, SimulatedMeter(), first_chunk_only=True)
+    run = stages.Run(model_files.files(options.files, "hollow"), clip, SimulatedMeter(), first_chunk_only=True)
     rows = []
     for stage, name, settings in run.stages():
         for setting in settings:

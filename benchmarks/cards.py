@@ -22,9 +22,10 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 from typing import Any
 
-from . import report
+from . import model_files, report
 
 CARDS = (6, 8, 12, 16, 24)
 SIZES = ("512x512", "576x1024", "1024x1024")
@@ -50,6 +51,7 @@ def main() -> int:
     options = parser.parse_args()
     configurations = list(product(options.sizes, options.cards, options.loading))
     with tempfile.TemporaryDirectory(prefix="exvideo-cards-") as folder, ThreadPoolExecutor(options.jobs) as pool:
+        model_files.make(Path(folder), "hollow")
         found = list(pool.map(lambda which: _run(options, folder, *which), configurations))
     details = [row for rows in found for row in rows]
     rows = [_summary(rows) for rows in found]

@@ -16,11 +16,12 @@ HOST = Path(os.environ["EXVIDEO_HOST"])
 sys.path[:0] = [str(HOST), str(PACK / "tests")]
 
 
-def set_up(dynamic: bool) -> None:
+def set_up(dynamic: bool = False, on_cpu: bool = False) -> None:
     """Start the host's model management.
 
     Args:
         dynamic: dynamic VRAM, the default on NVIDIA; else whole layers are loaded by an estimate.
+        on_cpu: leave cards alone.
 
     Raises:
         RuntimeError: dynamic VRAM cannot start here.
@@ -31,6 +32,7 @@ def set_up(dynamic: bool) -> None:
     import comfy.cli_args
 
     comfy.cli_args.args.disable_dynamic_vram = not dynamic
+    comfy.cli_args.args.cpu = on_cpu
     if "torch" not in sys.modules:
         import cuda_malloc  # noqa: F401 - chooses PyTorch's allocator
     if dynamic:

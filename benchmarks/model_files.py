@@ -1,49 +1,33 @@
-"""Checkpoints and extensions to measure with: full-size ones that are holes in files, and random ones.
+"""Writes a checkpoint and an extension to measure with, where they are not there yet.
 
-Needs a ComfyUI and the tests' helpers on the path.
+hollow: full-size files in fp16 whose numbers are holes, zeros that take no room on a disk. random: full-size ones with
+random weights, made on the CUDA card. small: those of the tests' small model.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import struct
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 #: Of the 16 transformers of SVD.
 WIDTHS = [320] * 2 + [640] * 2 + [1280] * 6 + [640] * 3 + [320] * 3
 CONTEXT = 1024
+FRAMES = 128
+#: Names that `random_model.make` gives.
+SMALL = "exvideo_small_random.safetensors", "exvideo_small_random_128f.safetensors"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Files(NamedTuple):
     checkpoint: Path
     extension: Path
-
-
-def _files(folder: Path) -> Files:
-    folder.mkdir(parents=True, exist_ok=True)
-    return Files(folder / "svd_xt.safetensors", folder / "ExVideo-SVD-128f-v1.fp16.safetensors")
-
-
-def full_size_shapes(frames: int = 128) -> tuple[Shapes, Shapes]:
-    """Of an SVD checkpoint, and of the published extension."""
-    import random_model
-    from exvideo_core import layouts
-
-    return random_model.svd_shapes(), layouts.extension_shapes(WIDTHS, CONTEXT, frames)
-
-
-def hollow(folder: Path) -> Files:
-    """Full-size files in fp16 whose numbers are holes: zeros that take no room on a disk."""
-    files = _files(folder)
-    for path, shapes in zip(files, full_size_shapes(), strict=True):
-        _write_holes(path, shapes)
-    return files
 
 
 def _write_holes(path: Path, shapes: Shapes) -> None:
@@ -59,34 +43,65 @@ def _write_holes(path: Path, shapes: Shapes) -> None:
         file.truncate(8 + len(text) + size)
 
 
-def random(folder: Path, device: torch.device, small: bool = False) -> Files:
-    """Files of random weights in fp16, made on a device; kept, and found again by later calls.
-
-    Args:
-        small: of the tests' small model, and in RAM.
-    """
+def _write_random(path: Path, shapes: Shapes, is_extension: bool) -> None:
+    import torch
     from safetensors.torch import save_file
 
     import random_model
 
-    if small:
-        import comfy.cli_args
+    with torch.device("cuda"):
+        if is_extension:
+            made = random_model.random_extension(WIDTHS, CONTEXT, FRAMES, None)
+        else:
+            made = {name: random_model.random_weight(name, shape, None).half() for name, shape in shapes.items()}
+    save_file({name: value.half().cpu().contiguous() for name, value in made.items()}, path)
 
-        before = comfy.cli_args.args.cpu
-        try:
-            return Files(*random_model.make(folder))
-        finally:
-            comfy.cli_args.args.cpu = before
-    files = _files(folder)
-    for path, shapes in zip(files, full_size_shapes(), strict=True):
-        if path.exists():
-            continue
-        with device:
-            if path == files.extension:
-                made = random_model.random_extension(WIDTHS, CONTEXT, 128, None)
-            else:
-                made = {name: random_model.random_weight(name, shape, None).half() for name, shape in shapes.items()}
+
+def _write(folder: Path, kind: str) -> None:
+    from . import in_process
+
+    in_process.set_up(on_cpu=True)  # under dynamic VRAM the host's layers do not know their shapes
+    import random_model
+    from exvideo_core import layouts
+
+    if kind == "small":
+        random_model.make(folder)
+        return
+    shapes = random_model.svd_shapes(), layouts.extension_shapes(WIDTHS, CONTEXT, FRAMES)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = files(folder, kind)
+    for path, wanted in zip(paths, shapes, strict=True):
         part = path.with_suffix(".part")
-        save_file({name: value.half().cpu().contiguous() for name, value in made.items()}, part)
+        if kind == "hollow":
+            _write_holes(part, wanted)
+        else:
+            _write_random(part, wanted, path == paths.extension)
         part.replace(path)
-    return files
+
+
+def files(folder: Path, kind: str) -> Files:
+    """Where the files of a kind lie in a folder."""
+    if kind == "small":
+        return Files(folder / "checkpoints" / SMALL[0], folder / "exvideo" / SMALL[1])
+    return Files(folder / "svd_xt.safetensors", folder / "ExVideo-SVD-128f-v1.fp16.safetensors")
+
+
+def make(folder: Path, kind: str) -> Files:
+    """Write the files in a process of their own, where they are not there yet."""
+    found = files(folder, kind)
+    if not all(path.exists() for path in found):
+        subprocess.run([sys.executable, "-m", "benchmarks.model_files", str(folder), kind], check=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kind", choices=["hollow", "random", "small"])
+    options = parser.parse_args()
+    _write(options.folder, options.kind)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,10 +24,13 @@ from typing import Any
 
 from runner.environment import cache_folder
 
+from . import model_files
+
 GIB = 2**30
 PARTS = ("comparison", "stages")
 #: Seconds that a part is given to end by itself, before it is stopped.
 _GRACE = 60
+_REPEATS = 3
 
 
 def main(arguments: list[str]) -> int:
@@ -36,6 +39,8 @@ def main(arguments: list[str]) -> int:
         return _part(options)
     ends = time.time() + options.minutes * 60
     codes = []
+    if "stages" in options.parts:
+        model_files.make(*_files(options))
     for part in options.parts:
         command = [sys.executable, "-m", "benchmarks.real_card", *arguments, "--part", part, "--ends", str(ends)]
         try:
@@ -84,6 +89,12 @@ def _part(options: argparse.Namespace) -> int:
         {"comparison": _comparison, "stages": _stages}[options.part](options, results)
         del ballast
     return 0
+
+
+def _files(options: argparse.Namespace) -> tuple[Path, str]:
+    """Folder and kind of the files that the stages load."""
+    kind = "small" if options.small else "random"
+    return cache_folder() / f"benchmark_{kind}", kind
 
 
 def _card(options: argparse.Namespace) -> AbstractContextManager[Any]:
@@ -220,7 +231,7 @@ def _unet_call(unets: Any, who: str, weights: Any, given: Any) -> Callable[[], A
 def _repeated(call: Callable[[], Any], synchronize: Callable[[], None], results: Results) -> list[float]:
     """Seconds of up to three calls, while there is time."""
     found: list[float] = []
-    while len(found) < 3 and not (found and results.time_is_over):
+    while len(found) < _REPEATS and not (found and results.time_is_over):
         began = time.perf_counter()
         call()
         synchronize()
@@ -243,14 +254,9 @@ def _kernels(call: Callable[[], Any], most: int = 25) -> list[dict[str, Any]]:
 
 def _stages(options: argparse.Namespace, results: Results) -> None:
     """Clips of each size, with the settings that a user gets, or the first ones that fit."""
-    import torch
+    from . import card_meters, stages
 
-    from . import card_meters, model_files, stages
-
-    folder = cache_folder() / ("random_svd_small" if options.small else "random_svd")
-    began = time.perf_counter()
-    files = model_files.random(folder, torch.device("cuda"), options.small)
-    results.add(stage="files", seconds=time.perf_counter() - began)
+    files = model_files.files(*_files(options))
     sizes = ["128x128"] if options.small else options.sizes
     for size in sizes:
         width, height = map(int, size.split("x"))
