@@ -96,9 +96,7 @@ class Server:
         command, folder = self._command(arguments)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             self._wait_until_up()
         except BaseException:

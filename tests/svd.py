@@ -81,7 +81,7 @@ def call_host(
     with torch.no_grad():
         out = model.model.diffusion_model(
             sample.flatten(0, 1),
-            torch.full((clips * frames,), timestep),
+            torch.full((clips * frames,), timestep, device=sample.device),
             context=context.repeat_interleave(frames, 0),
             y=embedded.repeat_interleave(frames, 0).to(sample.dtype),
             num_video_frames=frames,

@@ -1,7 +1,7 @@
 """NVIDIA cards that are not there, for tests and for measures of memory on machines without one.
 
-`install` makes PyTorch believe in CUDA cards: their tensors say `cuda:0`, compute in RAM, count as memory of the card, and
-refuse to meet tensors of another device. `python -m runner.simulated_card` starts a ComfyUI on them.
+`install` makes PyTorch believe in CUDA cards: their tensors say `cuda:0`, compute in RAM, count as memory of the card,
+and refuse to meet tensors of another device. `python -m runner.simulated_card` starts a ComfyUI on them.
 """
 
 from __future__ import annotations

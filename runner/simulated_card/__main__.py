@@ -1,6 +1,6 @@
 """Starts a ComfyUI's main.py on simulated cards. Run it in the host's Python, in the pack's folder.
 
-    python -m runner.simulated_card --host DIR --dynamic -- --listen 127.0.0.1 --port 8188
+python -m runner.simulated_card --host DIR --dynamic -- --listen 127.0.0.1 --port 8188
 """
 
 from __future__ import annotations

@@ -84,9 +84,9 @@ def _check_indexing(name: str, args: Sequence[Any]) -> None:
     if name in ("__setitem__", "index_put_", "index_put", "_index_put_impl_"):
         value = args[2]
         copied = name == "__setitem__" and not lists  # a slice takes values from anywhere
-        if not copied and isinstance(value, torch.Tensor) and (value.dim() or isinstance(value, CardTensor)):
-            if device_name(value) != device_name(tensor):
-                raise mismatch(name, [tensor, value])
+        number = not isinstance(value, CardTensor) and not (isinstance(value, torch.Tensor) and value.dim())
+        if not copied and not number and device_name(value) != device_name(tensor):
+            raise mismatch(name, [tensor, value])
 
 
 def _is_list(index: Any) -> bool:  # noqa: ANN401

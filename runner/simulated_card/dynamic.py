@@ -1,8 +1,8 @@
 """What stands for `comfy_aimdo`, the library under ComfyUI's dynamic VRAM: weights that come and go by pages.
 
-A model's weights have addresses of their own (a VBAR, "virtual base address register"). To use a weight, the host faults
-its pages in and pins them; unpinned pages are evicted, the last of the least recently prepared model first, when anything
-else needs the room. Below a model's watermark pages may be resident; pressure lowers it, preparing the model resets it.
+A model's weights have addresses of their own (a VBAR). To use a weight, the host faults its pages in and pins them.
+Unpinned pages are evicted when anything else needs the room, from the end of the least recently prepared model
+on. Pages below a model's watermark may be resident: pressure lowers it, preparing the model resets it.
 """
 
 from __future__ import annotations
@@ -146,7 +146,11 @@ class ModelVBAR:
         return self, address, num_bytes
 
     def fault(self, address: int, size: int) -> list[int] | None:
-        """Bring pages in and pin them: a signature that changes when one has been evicted meanwhile. None if refused."""
+        """Bring pages in and pin them.
+
+        Returns:
+            A signature that changes when one has been evicted meanwhile; None if there is no room.
+        """
         with self.state.lock:
             self.state.faults += 1
             self.state.evict(self.state.deficit(0))

@@ -136,4 +136,3 @@ def _give(value: Any, index: int | None, given: dict[int, CardTensor]) -> Any:  
 
 def _holds(value: Any) -> bool:  # noqa: ANN401
     return isinstance(value, list | tuple | dict) and not isinstance(value, torch.Size)
-

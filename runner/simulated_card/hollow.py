@@ -23,9 +23,7 @@ _NUMBERS: dict[str, Any] = {
 }
 
 
-def without_numbers(
-    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:  # noqa: ANN401
+def without_numbers(func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     """The result of a function that the meta device does not have; NotImplemented for one that it has.
 
     Tensors of the result are on the meta device, or in RAM if that is where they go.
@@ -47,9 +45,7 @@ def without_numbers(
     return NotImplemented
 
 
-def blank(
-    tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str | None = "meta"
-) -> torch.Tensor:
+def blank(tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str | None = "meta") -> torch.Tensor:
     """A tensor of the same shape: of zeros in RAM, or without numbers on the meta device."""
     inner = tensor.inner if isinstance(tensor, CardTensor) else tensor
     make = torch.zeros_like if torch.device(device or "meta").type == "cpu" else torch.empty_like

@@ -70,8 +70,9 @@ class CardMemory:
                 self.make_room(size)
             if size > self.free:
                 raise torch.OutOfMemoryError(
-                    f"CUDA out of memory. Tried to allocate {size / MIB:.2f} MiB. GPU {self.index} has a total capacity "
-                    f"of {self.card.total / GIB:.2f} GiB of which {self.free / MIB:.2f} MiB is free (simulated card)."
+                    f"CUDA out of memory. Tried to allocate {size / MIB:.2f} MiB. GPU {self.index} has a total "
+                    f"capacity of {self.card.total / GIB:.2f} GiB of which {self.free / MIB:.2f} MiB is free "
+                    "(simulated card)."
                 )
             self.hold(size)
 

@@ -227,7 +227,9 @@ def _type(tensor: CardTensor, dtype: Any = None, *_: Any) -> Any:  # noqa: ANN40
 
 def _describe(tensor: CardTensor, **_: Any) -> str:  # noqa: ANN401
     if machine.hollow or not tensor.allocation.valid:
-        return f"tensor(..., device='cuda:{tensor.index}', size={tuple(tensor.inner.shape)}, dtype={tensor.inner.dtype})"
+        return (
+            f"tensor(..., device='cuda:{tensor.index}', size={tuple(tensor.inner.shape)}, dtype={tensor.inner.dtype})"
+        )
     return f"{repr(tensor.inner)[:-1]}, device='cuda:{tensor.index}')"
 
 

@@ -35,7 +35,9 @@ class VRAMBuffer:
         self._allocated = 0
         reserved = min(self.max_size, self._memory.card.total)
         with torch._C.DisableTorchFunction():
-            self._raw = torch.empty(reserved, dtype=torch.uint8, device="meta") if machine.hollow else _reserve(reserved)
+            self._raw = (
+                torch.empty(reserved, dtype=torch.uint8, device="meta") if machine.hollow else _reserve(reserved)
+            )
         self._allocation = Allocation(self._raw.untyped_storage(), None)  # what it takes is counted as it grows
 
     def size(self) -> int:
