@@ -18,7 +18,7 @@ import torch
 
 from . import transfer
 from .memory import MIB, CardMemory, machine
-from .tensor import Allocation, CardTensor, IllegalAccess
+from .tensor import CardTensor, IllegalAccess, allocation_of
 
 PAGE = 32 * MIB
 
@@ -254,7 +254,7 @@ class ModelVBAR:
             raise IllegalAccess("CUDA error: an illegal memory access was encountered (simulated card: no such page)")
         with torch._C.DisableTorchFunction():
             inner = torch.full((size,), 255, dtype=torch.uint8, device="meta" if machine.hollow else "cpu")
-            found = CardTensor(inner, self.device, Allocation(inner.untyped_storage(), None))
+            found = CardTensor(inner, self.device, allocation_of(inner.untyped_storage(), None))
         self._weights[address] = found
         for page in pages:
             page.weights.append(found)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from .memory import MIB, machine
-from .tensor import Allocation, CardTensor
+from .tensor import CardTensor, allocation_of
 
 CHUNK = 16 * MIB
 
@@ -38,7 +38,7 @@ class VRAMBuffer:
             self._raw = (
                 torch.empty(reserved, dtype=torch.uint8, device="meta") if machine.hollow else _reserve(reserved)
             )
-        self._allocation = Allocation(self._raw.untyped_storage(), None)  # what it takes is counted as it grows
+        self._allocation = allocation_of(self._raw.untyped_storage(), None)  # what it takes is counted as it grows
 
     def size(self) -> int:
         return self._allocated
