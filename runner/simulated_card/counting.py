@@ -31,3 +31,7 @@ def counted() -> Iterator[None]:
     mode = _counter.get()
     with mode if mode is not None else contextlib.nullcontext():
         yield
+
+
+def is_counted() -> bool:
+    return _counter.get() is not None

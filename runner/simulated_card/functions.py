@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from . import devices, hollow, special
+from . import devices, hollow, remembered, special
 from .counting import counted
 from .memory import machine
 from .tensor import CardTensor, reveal
@@ -93,8 +93,13 @@ def operate(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, An
             return _give(found, index, {})
     inner_args, inner_kwargs = _unwrapped(args), _unwrapped(kwargs)
     with counted():
-        result = func(*inner_args, **inner_kwargs)
+        run = remembered.run if machine.hollow else _run
+        result = run(func, name, inner_args, inner_kwargs)
     return _give(result, index, {id(tensor.inner): tensor for tensor in cards})
+
+
+def _run(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    return func(*args, **kwargs)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
