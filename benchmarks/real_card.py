@@ -192,7 +192,7 @@ def _comparison(options: argparse.Namespace, results: Results) -> None:
     given = unets.Inputs.random(frames, size, torch.float16)
     results.add(stage="weights made", seconds=time.perf_counter() - began)
     truth: Any = None
-    for who in ("ours", "reference", "plain port", "ours, skips in RAM"):
+    for who in ("ours", "reference", "plain port", "ours, chunks of 128 MB", "ours, skips in RAM"):
         if results.time_is_over:
             results.add(stage=who, error="not begun: the time is over")
             continue
@@ -224,7 +224,8 @@ def _unet_call(unets: Any, who: str, weights: Any, given: Any) -> Callable[[], A
     if who == "reference":
         unet = unets.theirs(weights)
         return lambda: unets.call_theirs(unet, given)
-    patched = unets.ours(weights, plain=who == "plain port", offload_skips="skips" in who)
+    chunks = 128 if "chunks" in who else 0
+    patched = unets.ours(weights, who == "plain port", chunk_megabytes=chunks, offload_skips="skips" in who)
     return lambda: unets.call_ours(patched, given)
 
 
