@@ -180,15 +180,14 @@ class ModelVBAR:
 
     def _make_room(self, span: range, missing: int) -> None:
         """Evict others, or own pages from the end, until every absent page up to the span's end would have room."""
-        page = self.state.page
-        surplus = -self.state.deficit(missing * page)
+        surplus = -self.state.deficit(missing * self.state.page)
+        others = sum(not page.resident for page in self._pages[: min(span.stop, self.watermark)]) - missing
         for vbar in self.state.vbars:
-            while vbar.watermark > vbar.watermark_limit:
-                end = min(span.stop, self.watermark)
-                absent = sum(not self._pages[number].resident for number in range(end))
-                if surplus >= 0 and surplus // page >= absent - missing:
-                    return
-                surplus += page * vbar.lower_watermark()
+            while vbar.watermark > vbar.watermark_limit and surplus < max(others, 0) * self.state.page:
+                freed = vbar.lower_watermark()
+                surplus += self.state.page * freed
+                if vbar is self and vbar.watermark < span.stop and not freed:
+                    others -= 1
 
     def unpin(self, address: int, size: int) -> None:
         with self.state.lock:

@@ -283,7 +283,6 @@ HANDLERS: dict[str, Function] = {
     "data_ptr": _on_card(lambda tensor: 0 if machine.hollow else reveal(tensor).data_ptr()),
     "untyped_storage": _on_card(lambda tensor: reveal(tensor).untyped_storage()),
     "requires_grad_": _on_card(lambda tensor, *_, **__: tensor),
-    "record_stream": _on_card(lambda tensor, stream: None),
     "share_memory_": _on_card(lambda tensor: tensor),
     "is_shared": _on_card(lambda tensor: True),
     "_has_compatible_shallow_copy_type": _converting(lambda *tensors: True),

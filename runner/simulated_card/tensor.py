@@ -91,6 +91,9 @@ class CardTensor(torch.Tensor):
         tensor.allocation = allocation
         return tensor
 
+    def record_stream(self, stream: object) -> None:
+        """Nothing to do: memory is freed in order. PyTorch's own method takes no stream but a real one."""
+
     @classmethod
     def __torch_function__(
         cls,
