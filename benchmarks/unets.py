@@ -142,7 +142,7 @@ def theirs(weights: Weights) -> torch.nn.Module:
         torch.set_default_dtype(usual)
     state = module.SVDUNet.state_dict_converter().from_civitai(dict(weights.base))
     unet.load_state_dict({**state, **weights.extension})
-    return unet
+    return unet.to(comfy.model_management.get_torch_device())  # its mixing factors ignore the default device
 
 
 @dataclass(frozen=True)
