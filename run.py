@@ -26,7 +26,7 @@ from runner.hosts import PACK, Host, find_hosts, is_host
 TIERS = ("unit", "parity", "post_tuning", "host", "browser", "cuda")
 HOSTLESS = ("unit", "parity", "post_tuning")
 #: Benchmarks that run in a ComfyUI.
-NEEDS_HOST = ("fuzz", "growth", "length", "memory", "minute", "preview", "soak", "speed")
+NEEDS_HOST = ("fuzz", "growth", "length", "memory", "minute", "preview", "soak", "speed", "work")
 BENCHMARKS = ("method", *NEEDS_HOST)
 HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
 HOW_BROWSER = {"pytest": "pytest", "playwright": "playwright"}

@@ -13,7 +13,9 @@ from .report import RESULTS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["fuzz", "growth", "length", "memory", "minute", "preview", "soak", "speed"])
+    parser.add_argument(
+        "name", choices=["fuzz", "growth", "length", "memory", "minute", "preview", "soak", "speed", "work"]
+    )
     draw = {"growth": growth, "memory": memory}.get(parser.parse_args().name)
     if draw is not None:
         import matplotlib

@@ -112,7 +112,7 @@ def ours(
     config = _config(weights.kind)
     config.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
-    model = config.get_model({}, device=torch.device("cpu"))
+    model = config.get_model({}, device=device if fake else torch.device("cpu"))
     model.load_model_weights(dict(weights.base), "model.diffusion_model.")
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
     extension = Extension.from_tensors("random", weights.extension)
@@ -133,16 +133,21 @@ def theirs(weights: Weights) -> torch.nn.Module:
     """The reference's UNet with the extension."""
     module = reference_module(weights.kind)
     frames = weights.extension["blocks.7.positional_embedding.embeddings"].shape[0]
+    device = comfy.model_management.get_torch_device()
     usual = torch.get_default_dtype()
     torch.set_default_dtype(next(iter(weights.base.values())).dtype)  # fake weights cannot be converted afterwards
     try:
-        with torch.device(comfy.model_management.get_torch_device()):
+        with torch.device(device):
             unet = module.SVDUNet(add_positional_conv=frames).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(usual)
     state = module.SVDUNet.state_dict_converter().from_civitai(dict(weights.base))
     unet.load_state_dict({**state, **weights.extension})
-    return unet.to(comfy.model_management.get_torch_device())  # its mixing factors ignore the default device
+    for module in unet.modules():  # its mixing factors are made on the CPU, whatever the default device
+        for name, value in module.named_parameters(recurse=False):
+            if value.device != device:
+                setattr(module, name, torch.nn.Parameter(value.to(device), requires_grad=False))
+    return unet
 
 
 @dataclass(frozen=True)
