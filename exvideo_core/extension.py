@@ -12,6 +12,7 @@ import torch
 
 from . import layouts, positions
 from .safetensors_header import Header, ModelFileError, read_header
+from .temporal import identity_convolution
 
 #: What training checkpoints put before the names (longest first).
 _PREFIXES = ("_forward_module.unet.", "unet.")
@@ -139,12 +140,10 @@ class Extension:
         rows = positions.ping_pong(frames, base_frames)
         blocks = []
         for weights, channels in zip(shared, widths, strict=True):
-            conv = torch.zeros(channels, channels, 3, 3, 3)
-            conv[:, :, 1, 1, 1].diagonal().fill_(1.0)
             blocks.append(
                 BlockWeights(
                     positions=positions.sinusoidal(rows, channels),
-                    conv_weight=conv,
+                    conv_weight=identity_convolution(channels),
                     conv_bias=torch.zeros(channels),
                     shared={name: tensor.detach() for name, tensor in weights.items()},
                 )

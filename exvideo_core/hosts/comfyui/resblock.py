@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from ... import chunks
 from ...skips import Joined
-from .layers import Moments, adopt, convolve_pictures, normalize_activate, picture_norm
-from .resident import Affine, Resident
+from .layers import Moments, adopt, normalized, picture_norm
+from .resident import Resident
 
 
 def _channels_last(shape: Sequence[int], like: torch.Tensor | Joined) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Enlarged:
         for start, end in spans:
             part = self._x[start:end].contiguous(memory_format=torch.channels_last)
             large = functional.interpolate(part, size=self._size, mode="nearest")
-            yield convolve_pictures(large, self._conv, self._weights)
+            yield functional.conv2d(large, *self._weights(self._conv), padding=1)
 
 
 def frames_residual(
@@ -84,22 +84,29 @@ def frames_residual(
     if out is None:
         out = _channels_last((count, second[1].out_channels, height, width), x)
     spans = chunks.spans(count, height * width * 3 * widest * out.element_size())
+    (_, conv), (_, last) = first, second
+    before, bias = weights(conv)[1], weights(last)[1]
+    if shift is not None:  # a convolution's bias is a pass of its own on a GPU: added to what is added anyway
+        shift, before = (shift + before)[:, :, None, None], None
+    if shortcut is not None:
+        weight, own = weights(shortcut)
+        weight, own, bias = weight.flatten(1), own + bias, None
     for (start, end), part in zip(spans, x.chunks(spans), strict=True):
-        hidden = _activated_convolution(part, *first, weights)
+        hidden = _activated_convolution(part, *first, before, weights)
         if shift is not None:
-            hidden.add_(shift[start:end, :, None, None])
-        hidden = _activated_convolution(hidden, *second, weights)
+            hidden.add_(shift[start:end])
+        hidden = _activated_convolution(hidden, *second, bias, weights)
         if shortcut is not None:
-            part = functional.conv2d(part, *weights(shortcut))
+            part = functional.linear(part.permute(0, 2, 3, 1), weight, own).permute(0, 3, 1, 2)
         torch.add(hidden, part, out=out[start:end])
     return out
 
 
 def _activated_convolution(
-    x: torch.Tensor, norm: torch.nn.GroupNorm, conv: torch.nn.Conv2d, weights: Resident
+    x: torch.Tensor, norm: torch.nn.GroupNorm, conv: torch.nn.Conv2d, bias: torch.Tensor | None, weights: Resident
 ) -> torch.Tensor:
-    normed = picture_norm(x, norm, weights)
-    return convolve_pictures(functional.silu(normed, inplace=True), conv, weights)
+    active = functional.silu(picture_norm(x, norm, weights), inplace=True)
+    return functional.conv2d(active, weights(conv)[0], bias, padding=1)
 
 
 def add_time_residual(
@@ -126,35 +133,35 @@ def add_time_residual(
     (norm_in, _, conv_in), (norm_out, _, _, conv_out) = stack.in_layers, stack.out_layers
     count, channels, height, width = x.shape
     clips = x.permute(0, 2, 3, 1).unflatten(0, (-1, frames))  # [B, T, H, W, C]
-    moments = Moments(norm_in.num_groups)
+    moments_in, moments_out = Moments(norm_in.num_groups), Moments(norm_out.num_groups)
     for start, end in chunks.spans(frames, count // frames * height * width * channels * 4):
-        moments.add(clips[:, start:end].flatten(2, 3))
-    given = moments.of_channels(channels)
+        moments_in.add(clips[:, start:end].flatten(2, 3))
+    weight, bias = weights(conv_in)
+    if shift is not None:
+        shift, bias = (shift + bias).unflatten(0, (-1, frames))[:, :, None], None
 
     def first_half(start: int, end: int) -> torch.Tensor:
-        active = normalize_activate(clips[:, :, start:end].flatten(2, 3), given, norm_in, weights)
-        changed = _along_time(active, weights(conv_in))
-        return changed if shift is None else changed.add_(shift.unflatten(0, (-1, frames))[:, :, None])
+        active = normalized(clips[:, :, start:end].flatten(2, 3), moments_in, norm_in, weights)
+        changed = _along_time(functional.silu(active, inplace=True), weight, bias)
+        return changed if shift is None else changed.add_(shift)
 
     hidden = torch.empty(clips.shape, dtype=x.dtype, device=x.device) if keep else None
     spans = chunks.spans(height, count * width * channels * x.element_size() * 3)
-    moments = Moments(norm_out.num_groups)
     for start, end in spans:
         changed = first_half(start, end)
-        moments.add(changed)
+        moments_out.add(changed)
         if hidden is not None:
             hidden[:, :, start:end] = changed.unflatten(2, (-1, width))
-    between = moments.of_channels(channels)
     for start, end in spans:
         part = first_half(start, end) if hidden is None else hidden[:, :, start:end].flatten(2, 3)
-        active = normalize_activate(part, between, norm_out, weights)
-        changed = _along_time(active, weights(conv_out)).mul_(share)
-        clips[:, :, start:end].add_(changed.unflatten(2, (-1, width)))
+        active = normalized(part, moments_out, norm_out, weights)
+        changed = _along_time(functional.silu(active, inplace=True), *weights(conv_out))
+        rows = clips[:, :, start:end].flatten(2, 3)
+        torch.addcmul(rows, changed, share, out=rows)
 
 
-def _along_time(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+def _along_time(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A 3x1x1 convolution, zeros beyond the ends. x: [B, T, P, C] -> [B, T, P, C']."""
-    weight, bias = affine
     return functional.conv2d(x.permute(0, 3, 1, 2), weight.squeeze(-1), bias, padding=(1, 0)).permute(0, 2, 3, 1)
 
 
