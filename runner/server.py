@@ -16,11 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from .hosts import PACK, Host
+
+if TYPE_CHECKING:
+    from .simulated_card.launch import Simulation
 
 Prompt = dict[str, dict[str, Any]]
 ProgressCallback = Callable[[str, int, int], None]
@@ -39,11 +42,13 @@ class Result:
         outputs: node id -> its outputs, as in the history.
         error: the failed node's `node_id`, `node_type`, `exception_type`, `exception_message`; of an invalid
             prompt, the server's answer.
+        previews: how many pictures came while it ran.
     """
 
     status: str
     outputs: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] = field(default_factory=dict)
+    previews: int = 0
 
 
 class Server:
@@ -55,6 +60,7 @@ class Server:
         keep: leave the server's folder.
         arguments: further ones of ComfyUI's command line.
         prefix: how the name of the server's folder begins.
+        simulation: simulated cards to run on; None for what the machine has.
     """
 
     def __init__(
@@ -64,8 +70,10 @@ class Server:
         keep: bool = False,
         arguments: Sequence[str] = (),
         prefix: str = "exvideo-server-",
+        simulation: Simulation | None = None,
     ) -> None:
         self.host = host
+        self.simulation = simulation
         self.keep = keep
         self._arguments = list(arguments)
         self.base = Path(tempfile.mkdtemp(prefix=prefix))
@@ -83,18 +91,14 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
-        import torch
-
-        command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
-        command += ["--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes"]
+        arguments = ["--listen", "127.0.0.1", "--port", str(self.port)]
+        arguments += ["--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes"]
         # Else the server opens, and may migrate, the database of the user's install.
-        command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
-        command += [*([] if torch.cuda.is_available() else ["--cpu"]), *self._arguments]
+        arguments += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}", *self._arguments]
+        command, folder = self._command(arguments)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.host.path, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             self._wait_until_up()
         except BaseException:
@@ -106,6 +110,15 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+
+    def _command(self, arguments: list[str]) -> tuple[list[str], Path]:
+        """What to run, and in which folder."""
+        if self.simulation is not None:
+            return self.simulation.command(self.host.path, arguments), PACK
+        import torch
+
+        device = [] if torch.cuda.is_available() else ["--cpu"]
+        return [sys.executable, "main.py", *device, *arguments], self.host.path
 
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
@@ -158,8 +171,10 @@ class Server:
             prompt_id = answer["prompt_id"]
             if on_queued is not None:
                 on_queued(prompt_id)
+            previews = 0
             async for message in socket_:
                 if message.type != aiohttp.WSMsgType.TEXT:
+                    previews += message.type == aiohttp.WSMsgType.BINARY
                     continue
                 event = json.loads(message.data)
                 kind, data = event["type"], event.get("data", {})
@@ -172,7 +187,7 @@ class Server:
                 if kind == "execution_interrupted":
                     return Result("interrupted", error=data)
                 if kind == "execution_success":
-                    return Result("success", outputs=await self._outputs(session, prompt_id))
+                    return Result("success", await self._outputs(session, prompt_id), previews=previews)
             raise ServerError(f"the server closed the connection:\n{self.log()[-3000:]}")
 
     async def _outputs(self, session: aiohttp.ClientSession, prompt_id: str) -> dict[str, Any]:

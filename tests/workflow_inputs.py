@@ -1,15 +1,46 @@
-"""What the saved workflows read from ComfyUI's input folder, and the small model under the published names."""
+"""The saved workflows on the small model, of few frames; what they read from ComfyUI's input folder."""
 
 from __future__ import annotations
+
+import json
 
 import av
 import numpy as np
 
-from runner.server import Server
+from runner.hosts import PACK
+from runner.server import Prompt, Server
 from small_model import recipe, world
 
-#: Frames of the clip to go on from.
-CLIP_FRAMES = 32
+FOLDER = PACK / "workflows" / "api"
+#: Frames of the clip to go on from, and how many of them are held.
+CLIP_FRAMES, HELD = 32, 4
+#: What a workflow's length and size become: frames, width and height.
+CLIP, LONG = (24, 64), (40, 64)
+SMALL = {
+    "ExVideoCheckpointLoader": {"ckpt_name": recipe.CHECKPOINT.name},
+    "ExVideoLoader": {"extension_name": recipe.EXTENSION.name},
+    "KSampler": {"steps": 2},
+    "ExVideoWindows": {"window_frames": 16, "overlap_frames": 4},
+}
+
+
+def small(name: str) -> Prompt:
+    """A saved workflow of few frames and small pictures."""
+    graph: Prompt = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    frames, size = LONG if name == "exvideo_long_video" else CLIP
+    for node in graph.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        inputs.update(SMALL.get(kind, {}))
+        if kind in ("ExVideoConditioning", "ImageScale"):
+            doubled = inputs["width"] == 1024
+            inputs.update({"width": size * (1 + doubled), "height": size * (1 + doubled)})
+        if kind == "ExVideoConditioning":
+            inputs["frames"] = frames
+        if kind == "ImageFromBatch" and inputs["batch_index"] == 124:
+            inputs["batch_index"] = CLIP_FRAMES - HELD
+        if kind == "ImageFromBatch" and inputs["length"] == 125:
+            inputs["length"] = CLIP_FRAMES - HELD + 1
+    return graph
 
 
 def give(server: Server) -> None:

@@ -13,21 +13,13 @@ import pytest
 import workflow_inputs
 from runner.hosts import PACK, Host
 from runner.server import Server
-from small_model import recipe
+from workflow_inputs import CLIP, HELD, LONG, SMALL, small
 
 FOLDER = PACK / "workflows" / "api"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 BLUEPRINTS = sorted((PACK / "subgraphs").glob("*.json"))
 CONTROLS = ("randomize", "fixed")
-SMALL = {
-    "ExVideoCheckpointLoader": {"ckpt_name": recipe.CHECKPOINT.name},
-    "ExVideoLoader": {"extension_name": recipe.EXTENSION.name},
-    "KSampler": {"steps": 2},
-    "ExVideoWindows": {"window_frames": 16, "overlap_frames": 4},
-}
-#: What a workflow's length and size become: frames, width and height.
-CLIP, LONG = (24, 64), (40, 64)
-OLD, HELD = workflow_inputs.CLIP_FRAMES, 4  # frames of a clip to go on from, and how many of them are held
+OLD = workflow_inputs.CLIP_FRAMES
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +27,6 @@ def server(host_path):
     with Server(Host(host_path)) as server:
         workflow_inputs.give(server)
         yield server
-
-
-def small(name: str) -> dict:
-    """A workflow of few frames and small pictures."""
-    graph = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    frames, size = LONG if name == "exvideo_long_video" else CLIP
-    for node in graph.values():
-        kind, inputs = node["class_type"], node["inputs"]
-        inputs.update(SMALL.get(kind, {}))
-        if kind in ("ExVideoConditioning", "ImageScale"):
-            doubled = inputs["width"] == 1024
-            inputs.update({"width": size * (1 + doubled), "height": size * (1 + doubled)})
-        if kind == "ExVideoConditioning":
-            inputs["frames"] = frames
-        if kind == "ImageFromBatch" and inputs["batch_index"] == 124:
-            inputs["batch_index"] = OLD - HELD
-        if kind == "ImageFromBatch" and inputs["length"] == 125:
-            inputs["length"] = OLD - HELD + 1
-    return graph
 
 
 def video(server: Server, result) -> np.ndarray:

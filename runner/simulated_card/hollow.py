@@ -1,0 +1,63 @@
+"""Hollow cards: functions whose result depends on numbers, for tensors that have none.
+
+Numbers read as 0, lists and copies in RAM hold zeros; what is written is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .counting import counted
+from .tensor import CardTensor
+
+_NUMBERS: dict[str, Any] = {
+    "__float__": 0.0,
+    "__int__": 0,
+    "__index__": 0,
+    "__bool__": False,
+    "equal": True,
+    "allclose": True,
+}
+
+
+def without_numbers(func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    """The result of a function that the meta device does not have; NotImplemented for one that it has.
+
+    Tensors of the result are on the meta device, or in RAM if that is where they go.
+    """
+    if name in _NUMBERS:
+        return _NUMBERS[name]
+    if name in ("item", "_local_scalar_dense"):
+        return torch.zeros((), dtype=args[0].dtype).item()
+    if name == "__setitem__":
+        return None
+    if name == "nonzero":
+        return torch.empty((1, args[0].dim()), dtype=torch.int64, device="meta")
+    if name == "_to_copy":
+        return blank(args[0], kwargs.get("dtype"), kwargs.get("device"))
+    if name == "scaled_dot_product_attention":
+        return _attention(args, kwargs)
+    if name.endswith("_like") and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
+        return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    return NotImplemented
+
+
+def blank(tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str | None = "meta") -> torch.Tensor:
+    """A tensor of the same shape: of zeros in RAM, or without numbers on the meta device."""
+    inner = tensor.inner if isinstance(tensor, CardTensor) else tensor
+    make = torch.zeros_like if torch.device(device or "meta").type == "cpu" else torch.empty_like
+    return make(inner, dtype=dtype or inner.dtype, device=device or "meta")
+
+
+def _attention(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    """As one operator without a matrix of scores, as cards have it; a counting mode sees it as such."""
+    if len(args) != 3 or kwargs.get("attn_mask") is not None or kwargs.get("enable_gqa"):
+        return NotImplemented
+    query, key, value = (tensor.inner for tensor in args)
+    causal = bool(kwargs.get("is_causal"))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    with counted():
+        return flash(query, key, value, 0.0, causal)[0]
