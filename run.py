@@ -2,7 +2,7 @@
 """ExVideo for ComfyUI: try it and test it.
 
     python run.py demo                     a picture becomes a 128-frame video, in ComfyUI where there is one
-    python run.py test [--tier NAME ...]   the tests
+    python run.py test [--tier NAME ...]   the tests, on the newest ComfyUI found; with --all on every one
     python run.py bench NAME [...]         the figures of benchmarks/ (without a name: a list; --help after it: options)
     python run.py help                     write the nodes' help pages and README's table anew, after a change of texts
 
@@ -59,6 +59,7 @@ def main() -> int:
     show.add_argument("--keep", action="store_true", help="leave the server's folder, with its log")
     test = commands.add_parser("test", help="run the tests")
     test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given again)")
+    test.add_argument("--all", action="store_true", help="on every ComfyUI found, not on the newest only")
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     bench = commands.add_parser("bench", help="make the figures of benchmarks/", add_help=False)
     bench.add_argument("name", nargs="?", choices=BENCHMARKS)
@@ -77,7 +78,7 @@ def main() -> int:
             return benchmark(options.name, rest)
         if options.command == "help":
             return write_help(options.pictures)
-        return run_tests(tuple(options.tier or TIERS), options.pytest)
+        return run_tests(tuple(options.tier or TIERS), options.pytest, every_host=options.all)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
         return 1
@@ -124,9 +125,13 @@ def write_help(pictures: bool = False) -> int:
     return max(_python(host_python(hosts[0]), "-m", module, host=hosts[0]).returncode for module in modules)
 
 
-def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:
+def run_tests(tiers: tuple[str, ...], extra: list[str], every_host: bool = False) -> int:
     hosts = find_hosts()
     lines: list[str] = []
+    if not every_host and len(hosts) > 1:
+        older = ", ".join(host.version for host in hosts[1:])
+        hosts = hosts[:1]
+        lines.append(f"Only on ComfyUI {hosts[0].version}. To test {older} too: python run.py test --all")
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failed = False
     for tier in (tier for tier in TIERS if tier in tiers):

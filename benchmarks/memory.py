@@ -161,7 +161,11 @@ def count(maker: str, frames: int, size: int, chunk_megabytes: int, offload: boo
             part = self.held[start:end]
             return (part.clone() if offload else part), None
 
-        with counter, mock.patch.object(skips.HostBuffers, "take", elsewhere), mock.patch.object(skips.Skip, "fetch", fetch):
+        with (
+            counter,
+            mock.patch.object(skips.HostBuffers, "take", elsewhere),
+            mock.patch.object(skips.Skip, "fetch", fetch),
+        ):
             counter.ignore([parameters, weights.base, weights.extension, vars(given), embedded])
             call()
     return counter.peak

@@ -13,14 +13,14 @@ import torch
 
 
 class HostBuffers:
-    """Host memory for one device's skip tensors: one buffer for each place in the UNet, used again by every call.
+    """Host memory for what has no room on a device, as a UNet's skip tensors: one buffer for each, used by every call.
 
     PyTorch's own pinned memory would be rounded up to powers of two, stay cached when it is no longer needed, and be
     unknown to the host's accounting.
 
     Args:
         pin: makes a tensor's memory one that a GPU copies from by itself; False where that is not possible.
-        unpin: takes that back.
+        unpin: takes that back, once the copies that still run are done.
     """
 
     def __init__(self, pin: Callable[[torch.Tensor], bool], unpin: Callable[[torch.Tensor], object]) -> None:
@@ -29,7 +29,7 @@ class HostBuffers:
         self._used = 0
 
     def begin(self) -> None:
-        """A call begins: its first skip tensor takes the first buffer."""
+        """A call begins: what it takes first is the first buffer again."""
         self._used = 0
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class HostBuffers:
         return buffer.view(like.dtype).as_strided(layout.shape, layout.stride())
 
     def release(self) -> None:
-        """Give all memory back, once the copies that still run are done."""
+        """Give all memory back."""
         for place in range(len(self._buffers)):
             self._free(place)
         self._buffers.clear()
@@ -54,7 +54,6 @@ class HostBuffers:
     def _free(self, place: int) -> None:
         buffer, pinned = self._buffers[place]
         if pinned:
-            torch.cuda.synchronize()
             self._unpin(buffer)
         self._buffers[place] = torch.empty(0, dtype=torch.uint8), False
 

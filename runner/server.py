@@ -42,11 +42,13 @@ class Result:
         outputs: node id -> its outputs, as in the history.
         error: the failed node's `node_id`, `node_type`, `exception_type`, `exception_message`; of an invalid
             prompt, the server's answer.
+        previews: how many pictures came while it ran.
     """
 
     status: str
     outputs: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] = field(default_factory=dict)
+    previews: int = 0
 
 
 class Server:
@@ -169,8 +171,10 @@ class Server:
             prompt_id = answer["prompt_id"]
             if on_queued is not None:
                 on_queued(prompt_id)
+            previews = 0
             async for message in socket_:
                 if message.type != aiohttp.WSMsgType.TEXT:
+                    previews += message.type == aiohttp.WSMsgType.BINARY
                     continue
                 event = json.loads(message.data)
                 kind, data = event["type"], event.get("data", {})
@@ -183,7 +187,7 @@ class Server:
                 if kind == "execution_interrupted":
                     return Result("interrupted", error=data)
                 if kind == "execution_success":
-                    return Result("success", outputs=await self._outputs(session, prompt_id))
+                    return Result("success", await self._outputs(session, prompt_id), previews=previews)
             raise ServerError(f"the server closed the connection:\n{self.log()[-3000:]}")
 
     async def _outputs(self, session: aiohttp.ClientSession, prompt_id: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .counting import counting
 from .dynamic import DynamicMemory
 from .dynamic import state as dynamic_memory
-from .functions import active
+from .functions import activate_threads, active
 from .memory import GIB, MIB, Card, CardMemory, PinnedMemory, machine
 from .tensor import CardTensor, DeviceMismatch, IllegalAccess
 
@@ -66,6 +66,7 @@ __all__ = [
     "DynamicMemory",
     "IllegalAccess",
     "PinnedMemory",
+    "activate_threads",
     "active",
     "counting",
     "dynamic_memory",

@@ -9,11 +9,10 @@ import argparse
 import os
 import runpy
 import sys
-import threading
 from pathlib import Path
 
 from . import DEFAULT_CARDS, Card, install, trace
-from .functions import active
+from .functions import activate_threads, active
 from .memory import GIB, MIB
 
 
@@ -38,25 +37,13 @@ def main() -> None:
     install(
         [card] * options.cards, options.hollow, options.dynamic, int(options.headroom * GIB), int(options.page * MIB)
     )
-    _simulate_in_threads(options.trace)
+    activate_threads(trace.attach if options.trace else None)
     host = options.host.resolve()
     os.chdir(host)
     sys.path[0] = str(host)  # in the place of the pack's folder, whose `nodes` would hide the host's
     sys.argv = ["main.py", *options.arguments, *([] if options.dynamic else ["--disable-dynamic-vram"])]
     with active():
         runpy.run_path(str(host / "main.py"), run_name="__main__")
-
-
-def _simulate_in_threads(tracing: bool) -> None:
-    run = threading.Thread.run
-
-    def run_on_cards(thread: threading.Thread) -> None:
-        if tracing:
-            trace.attach()
-        with active():
-            run(thread)
-
-    threading.Thread.run = run_on_cards  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Each function runs whole, as one kernel of a card does: only what it returns tak
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,23 @@ def active() -> Iterator[None]:
     """Within it, this thread computes on the simulated cards. PyTorch's modes belong to one thread each."""
     with _CardMode():
         yield
+
+
+def activate_threads(first: Callable[[], None] | None = None) -> None:
+    """Make threads that start from here on compute on the simulated cards.
+
+    Args:
+        first: called at the beginning of each.
+    """
+    run = threading.Thread.run
+
+    def run_on_cards(thread: threading.Thread) -> None:
+        if first is not None:
+            first()
+        with active():
+            run(thread)
+
+    threading.Thread.run = run_on_cards  # type: ignore[method-assign]
 
 
 def call(func: Function, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401

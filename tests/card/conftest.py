@@ -19,6 +19,7 @@ from runner import simulated_card  # noqa: E402
 simulated_card.install([simulated_card.Card(24 * simulated_card.GIB)] * 2, dynamic=True)
 _mode = simulated_card.active()
 _mode.__enter__()
+simulated_card.activate_threads()
 
 import comfy.options  # noqa: E402
 
@@ -55,6 +56,17 @@ def expected(cpu: Server) -> Callable[[str, Prompt], np.ndarray]:
         return found[name]
 
     return frames
+
+
+@pytest.fixture(scope="session")
+def alike() -> Callable[[str, np.ndarray], None]:
+    """Refuses frames of a workflow that differ from those of the mode of memory before."""
+    found: dict[str, np.ndarray] = {}
+
+    def check(name: str, frames: np.ndarray) -> None:
+        assert np.array_equal(frames, found.setdefault(name, frames)), clips.difference(frames, found[name])
+
+    return check
 
 
 @pytest.fixture(scope="session", params=card_servers.MODES)

@@ -17,6 +17,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample,
 
 from ... import chunks
 from ...skips import HostBuffers, Skip
+from .pinned import pin, unpin
 from .resblock import BoundedDownsample, BoundedResBlock, BoundedUpsample
 from .wrapping import wrap
 
@@ -197,7 +198,7 @@ class _OffloadedSkips:
         self._buffers: dict[torch.device, HostBuffers] = {}
 
     def begin_call(self, device: torch.device) -> HostBuffers:
-        buffers = self._buffers.setdefault(device, HostBuffers(_pin, _unpin))
+        buffers = self._buffers.setdefault(device, HostBuffers(pin, unpin))
         buffers.begin()
         return buffers
 
@@ -206,24 +207,6 @@ class _OffloadedSkips:
             return executor(*given, **named)
         finally:
             self._buffers.clear()
-
-
-def _pin(buffer: torch.Tensor) -> bool:
-    """Through the host where it can, which then counts it among its own pinned memory."""
-    if not torch.cuda.is_available() or buffer.nbytes == 0:
-        return False
-    pin = getattr(comfy.model_management, "pin_memory", None)  # 0.3.64 has none
-    if pin is not None:
-        return bool(pin(buffer))
-    return torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1) == 0
-
-
-def _unpin(buffer: torch.Tensor) -> None:
-    unpin = getattr(comfy.model_management, "unpin_memory", None)
-    if unpin is not None:
-        unpin(buffer)
-    else:
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def _call(settings: MemorySettings, skips: _OffloadedSkips) -> Callable[..., Any]:

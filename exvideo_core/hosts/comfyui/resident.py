@@ -6,6 +6,8 @@ import comfy.model_management
 import comfy.ops
 import torch
 
+from ...frame_maps import FrameMaps
+
 Affine = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -19,7 +21,7 @@ class Resident:
         like: gives device and type.
     """
 
-    def __init__(self, like: torch.Tensor) -> None:
+    def __init__(self, like: torch.Tensor | FrameMaps) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._like = like
         self._found: dict[int, Affine] = {}
