@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
 import types
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +89,20 @@ def shapes(kind: str, frames: int) -> tuple[dict[str, torch.Size], dict[str, tup
     return base, layouts.extension_shapes(widths, CONTEXT, frames)
 
 
-def random_weights(kind: str, frames: int, dtype: torch.dtype, seed: int = 0) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
+def random_weights(
+    kind: str, frames: int, dtype: torch.dtype, seed: int = 0, device: torch.device | None = None
+) -> Weights:
+    """Weights in RAM, made on a device: a GPU needs a second for what takes a CPU a minute."""
+    generator = torch.Generator().manual_seed(seed) if device is None else None
     prefix = len("model.diffusion_model.")
     found = shapes(kind, frames)[0]
-    base = {n: random_model.random_weight(n[prefix:], shape, generator).to(dtype) for n, shape in found.items()}
-    widths = [base[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS]
-    extension = random_model.random_extension(widths, CONTEXT, frames, generator)
-    return Weights(kind, base, {name: value.to(dtype) for name, value in extension.items()})
+    with nullcontext() if device is None else device:
+        base = {
+            n: random_model.random_weight(n[prefix:], shape, generator).to("cpu", dtype) for n, shape in found.items()
+        }
+        widths = [base[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS]
+        extension = random_model.random_extension(widths, CONTEXT, frames, generator)
+    return Weights(kind, base, {name: value.to("cpu", dtype) for name, value in extension.items()})
 
 
 def ours(
@@ -193,3 +201,10 @@ def call_theirs(unet: torch.nn.Module, given: Inputs) -> torch.Tensor:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def free() -> None:
+    """Give the memory of models that nobody holds any more back to the device."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
