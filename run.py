@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from pathlib import Path
 from runner.environment import host_python, own_python
 from runner.hosts import PACK, Host, find_hosts, is_host
 
-TIERS = ("unit", "parity", "post_tuning", "host", "browser", "cuda")
+TIERS = ("unit", "parity", "post_tuning", "host", "card", "browser", "cuda")
+#: The oldest ComfyUI that simulated cards stand for.
+CARD_HOST = (0, 33)
 HOSTLESS = ("unit", "parity", "post_tuning")
 #: What `bench` measures, by name.
 BENCHMARKS = {
@@ -159,6 +162,10 @@ def run_tests(tiers: tuple[str, ...], extra: list[str], every_host: bool = False
             counts["skipped"] += 1
             continue
         for name, find_python, host in runs:
+            if tier == "card" and host is not None and _numbers(host.version) < CARD_HOST:
+                lines.append(f"SKIPPED tier {name}: simulated cards need ComfyUI {_text(CARD_HOST)} or newer.")
+                counts["skipped"] += 1
+                continue
             print(f"\n=== tier {name} ===", flush=True)
             python = find_python()
             needed = HOW_BROWSER if tier == "browser" else HOW
@@ -216,6 +223,14 @@ def chromium() -> str | None:
     """A Chromium or Chrome of this machine: no test downloads one."""
     named = os.environ.get("EXVIDEO_CHROMIUM")
     return named or next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _has_gpu() -> bool:

@@ -39,7 +39,7 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class Extension:
-    """An ExVideo extension. Its tensors are mapped from the file, not copied into memory.
+    """An ExVideo extension. Its tensors are in memory: what happens to the file does not change them.
 
     Attributes:
         name: the file's name, for messages.
@@ -101,12 +101,16 @@ class Extension:
         names = _canonical_names(path, header)
         _check_layout(path, names, header)
         tensors: dict[str, torch.Tensor] = {}
+        before = os.stat(path)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name, stored in names.items():
-                    tensors[name] = file.get_tensor(stored)
+                    tensors[name] = file.get_tensor(stored).clone()  # the tensor itself is mapped from the file
         except (SafetensorError, OSError) as error:
             raise ModelFileError(path, f"cannot be read: {error}.", "Download it again.") from error
+        after = os.stat(path)
+        if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+            raise ModelFileError(path, "was changed while it was read.", "Run the workflow again.")
         for name, tensor in tensors.items():
             # min and max in one pass each find NaN and Inf without a mask the size of the tensor.
             if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..exvideo_core.choices import POSITION_MODES, PositionMode
+from .checks import checked
 from .types import ExtensionSocket
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class ExVideoApply(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model: ModelPatcher, extension: Extension, strength: float, positions: PositionMode
     ) -> io.NodeOutput:
@@ -93,6 +95,7 @@ class ExVideoMemory(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: ModelPatcher, chunk_megabytes: int, offload_skips: bool) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.memory import MemorySettings
         from ..exvideo_core.hosts.comfyui.patch import with_memory

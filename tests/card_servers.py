@@ -59,8 +59,8 @@ def _lora() -> dict[str, torch.Tensor]:
         ):
             continue
         rows, columns = weight.shape[0], weight[0].numel()
-        up = torch.randn(rows, 4, generator=generator) * 0.05
-        down = torch.randn(4, columns, generator=generator) * 0.05
+        up = torch.randn(rows, 4, generator=generator) * 0.18
+        down = torch.randn(4, columns, generator=generator) * 0.18
         picture = (1,) * (weight.dim() - 2)
         found[f"{layer}.lora_up.weight"] = up.view(rows, 4, *picture).half()
         found[f"{layer}.lora_down.weight"] = down.view(4, *weight.shape[1:]).half()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,12 +26,13 @@ def counting(mode: TorchDispatchMode) -> Iterator[None]:
         _counter.reset(token)
 
 
-@contextlib.contextmanager
-def counted() -> Iterator[None]:
-    """Around the operators of a card."""
+def counted(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Call an operator of a card."""
     mode = _counter.get()
-    with mode if mode is not None else contextlib.nullcontext():
-        yield
+    if mode is None:
+        return func(*args, **kwargs)
+    with mode:
+        return func(*args, **kwargs)
 
 
 def is_counted() -> bool:

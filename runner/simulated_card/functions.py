@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import MethodWrapperType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from . import devices, hollow, remembered, special
-from .counting import counted
+from .counting import counted, is_counted
 from .memory import machine
 from .tensor import CardTensor, reveal
 
@@ -62,13 +63,15 @@ def call(func: Function, types: Sequence[type], args: Sequence[Any], kwargs: dic
         DeviceMismatch: tensors of different devices meet in it.
         torch.OutOfMemoryError: a card has no room for the result.
     """
-    if not all(issubclass(kind, torch.Tensor) for kind in types):
-        return NotImplemented
+    for kind in types:
+        if kind is not CardTensor and not issubclass(kind, torch.Tensor):
+            return NotImplemented
+    if type(func) is MethodWrapperType:  # of a property
+        if func.__name__ == "__get__":
+            return special.get_property(func, args[0]) if type(args[0]) is CardTensor else func(*args)
+        if func.__name__ == "__set__":
+            return special.set_property(func, *args)
     name = name_of(func)
-    if name == "__get__":
-        return special.get_property(func, args[0]) if isinstance(args[0], CardTensor) else func(*args)
-    if name == "__set__":
-        return special.set_property(func, *args)
     handler = special.HANDLERS.get(name)
     if handler is not None:
         result = handler(func, args, kwargs)
@@ -79,14 +82,18 @@ def call(func: Function, types: Sequence[type], args: Sequence[Any], kwargs: dic
 
 def name_of(func: Function) -> str:
     """`add` for `torch.add`, `Tensor.add` and `torch.ops.aten.add.Tensor` alike."""
-    schema = getattr(func, "_schema", None)
-    return schema.name.split("::")[1] if schema is not None else getattr(func, "__name__", str(func))
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.name.split("::")[1]
+    return getattr(func, "__name__", str(func))
 
 
 def operate(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     """Run a function on the tensors in RAM, and give its results to the card."""
-    tensors = list(_tensors((*args, *kwargs.values())))
-    cards = [tensor for tensor in tensors if isinstance(tensor, CardTensor)]
+    tensors: list[torch.Tensor] = []
+    _collect(args, tensors)
+    if kwargs:
+        _collect(kwargs.values(), tensors)
+    cards = [tensor for tensor in tensors if type(tensor) is CardTensor]
     index = cards[0].index if cards else None
     device = kwargs.get("device")
     if device is not None:
@@ -99,7 +106,7 @@ def operate(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, An
             raise RuntimeError(f"Only dense CPU tensors can be pinned ({name} on cuda:{index}).")
         del kwargs["pin_memory"]
         return special.pin(operate(func, name, args, kwargs))
-    if index is not None and "generator" in kwargs and kwargs["generator"] is not None:
+    if index is not None and kwargs.get("generator") is not None:
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     if device is None:
         devices.check(name, args, tensors)
@@ -109,40 +116,39 @@ def operate(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, An
         found = hollow.without_numbers(func, name, args, kwargs)
         if found is not NotImplemented:
             return _give(found, index, {})
-    inner_args, inner_kwargs = _unwrapped(args), _unwrapped(kwargs)
-    with counted():
-        run = remembered.run if machine.hollow else _run
-        result = run(func, name, inner_args, inner_kwargs)
+    inner_args, inner_kwargs = [_unwrapped(value) for value in args], _unwrapped(kwargs) if kwargs else kwargs
+    if machine.hollow and not is_counted():
+        result = remembered.run(func, name, inner_args, inner_kwargs)
+    else:
+        result = counted(func, inner_args, inner_kwargs)
     return _give(result, index, {id(tensor.inner): tensor for tensor in cards})
 
 
-def _run(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    return func(*args, **kwargs)
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+def _collect(values: Iterable[Any], found: list[torch.Tensor]) -> None:
+    """Add the tensors among values, and in lists of them."""
     for value in values:
         if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
+            found.append(value)
+        elif isinstance(value, tuple):
+            _collect(value, found)
+        elif isinstance(value, list):
             # A list of numbers, as torch.tensor takes it, may be long.
             if value and not isinstance(value[0], int | float | str):
-                yield from _tensors(value)
-            elif isinstance(value, tuple):
-                yield from _tensors(item for item in value if isinstance(item, torch.Tensor | list | tuple))
+                _collect(value, found)
         elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            _collect(value.values(), found)
 
 
 def _unwrapped(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, CardTensor):
+    kind = type(value)
+    if kind is CardTensor:
         return reveal(value)
+    if kind is list or kind is tuple:
+        return kind([_unwrapped(item) for item in value])
+    if kind is dict:
+        return {key: _unwrapped(item) for key, item in value.items()}
     if machine.hollow and isinstance(value, torch.Tensor) and value.dim():
         return value.to("meta")
-    if type(value) in (list, tuple):
-        return type(value)(_unwrapped(item) for item in value)
-    if type(value) is dict:
-        return {key: _unwrapped(item) for key, item in value.items()}
     return value
 
 
@@ -150,12 +156,10 @@ def _give(value: Any, index: int | None, given: dict[int, CardTensor]) -> Any:  
     """Results as tensors of a card. What came in, as `out` or to be changed in place, goes out as the same object."""
 
     def give(item: Any) -> Any:  # noqa: ANN401
-        if not isinstance(item, torch.Tensor) or isinstance(item, CardTensor) or index is None:
+        if not isinstance(item, torch.Tensor) or type(item) is CardTensor or index is None:
             return item
         return given[id(item)] if id(item) in given else CardTensor(item, index)
 
-    return give(value) if isinstance(value, torch.Tensor) else tree_map(give, value) if _holds(value) else value
-
-
-def _holds(value: Any) -> bool:  # noqa: ANN401
-    return isinstance(value, list | tuple | dict) and not isinstance(value, torch.Size)
+    if isinstance(value, torch.Tensor):
+        return give(value)
+    return tree_map(give, value) if isinstance(value, list | tuple | dict) and type(value) is not torch.Size else value

@@ -59,5 +59,4 @@ def _attention(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN
     query, key, value = (tensor.inner for tensor in args)
     causal = bool(kwargs.get("is_causal"))
     flash = torch.ops.aten._scaled_dot_product_flash_attention
-    with counted():
-        return flash(query, key, value, 0.0, causal)[0]
+    return counted(flash, (query, key, value, 0.0, causal), {})[0]

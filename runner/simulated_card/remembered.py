@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from .counting import is_counted
-
 #: Functions whose result depends on the shapes of tensors and on plain arguments only.
 _KNOWN = {
     "add", "sub", "mul", "div", "addcmul", "square", "mean", "sum", "rsqrt", "gelu", "silu", "sigmoid", "softmax",
@@ -23,7 +21,7 @@ _found: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
 def run(func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     """A function of tensors on the meta device, run only if its like has not been run before."""
-    if is_counted() or name not in _KNOWN and name not in _IN_PLACE:
+    if name not in _KNOWN and name not in _IN_PLACE:
         return func(*args, **kwargs)
     key = (name, _key(args), _key(tuple(sorted(kwargs.items()))), torch.get_default_dtype())
     try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -24,19 +27,54 @@ simulated_card.activate_threads()
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing(False)
-import comfy.memory_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy_aimdo.control  # noqa: E402
 import numpy as np  # noqa: E402
 
-# As the host's main.py switches dynamic VRAM on.
-comfy_aimdo.control.init_devices([(0, 0), (1, 0)])
-comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
-comfy.memory_management.aimdo_enabled = True
-
+import card_applies  # noqa: E402
 import card_servers  # noqa: E402
 import clips  # noqa: E402
+from runner.hosts import PACK  # noqa: E402
 from runner.server import Prompt, Server  # noqa: E402
+
+card_applies.enable_dynamic_vram()
+
+LONG_RUNS = {
+    "test_the_cuda_tier_passes": [
+        "-m", "pytest", "tests/cuda", "-p", "runner.simulated_card.plugin", "-q", "-p", "no:cacheprovider",
+    ],
+    "test_two_hundred_applies_in_one_process": ["tests/card_applies.py", str(HOST), "200"],
+}  # fmt: skip
+_running: dict[str, tuple[subprocess.Popen[str], IO[str]]] = {}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name in LONG_RUNS)  # waited for at the end
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for name in LONG_RUNS.keys() & {item.name for item in session.items}:
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the session
+        command = [sys.executable, *LONG_RUNS[name]]
+        _running[name] = subprocess.Popen(command, cwd=PACK, stdout=output, stderr=subprocess.STDOUT, text=True), output
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for process, output in _running.values():
+        process.kill()
+        output.close()
+
+
+@pytest.fixture
+def long_run(request: pytest.FixtureRequest) -> Callable[[], tuple[int, str]]:
+    """Waits for the run that bears the test's name: its exit status and what it printed."""
+
+    def wait() -> tuple[int, str]:
+        process, output = _running[request.node.name]
+        code = process.wait()
+        output.seek(0)
+        return code, output.read()
+
+    return wait
 
 
 @pytest.fixture(scope="session")

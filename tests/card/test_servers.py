@@ -1,4 +1,4 @@
-"""What users do on cards: LoRAs, cancelling, alternation, previews, other devices for a model, two cards for one clip."""
+"""What users do on cards: LoRAs, cancelling, alternation, previews, other devices for a model, two cards for one."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ def test_the_hosts_select_vae_device(server: Server, expected: Expected) -> None
 @BOTH
 @PLACES
 def test_two_cards_share_a_clips_conditions(server: Server, place: str, expected: Expected) -> None:
-    graph = inserted(quick(), "MultiGPU_WorkUnits", {"max_gpus": 2}, place)
-    clips.assert_near(clips.frames(server, graph), expected("quickstart", quick()), f"two cards, {place}")
+    guided = quick(KSampler={"steps": 2, "cfg": 2.5}, VideoLinearCFGGuidance={"min_cfg": 1.5})
+    graph = inserted(guided, "MultiGPU_WorkUnits", {"max_gpus": 2}, place)
+    clips.assert_near(clips.frames(server, graph), expected("guided", guided), f"two cards, {place}")
     assert all(card["peak"] > card["now"] for card in last(server, "end", node="KSampler")["cards"])

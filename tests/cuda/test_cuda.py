@@ -10,7 +10,9 @@ import torch
 import svd
 from exvideo_core.hosts.comfyui.patch import apply_extension
 
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CUDA, CPU = torch.device("cuda", torch.cuda.current_device()), torch.device("cpu")
+#: On a simulated card, which a CPU computes, less has to do.
+SIMULATED = "simulated" in torch.cuda.get_device_name()
 
 
 def inputs(dtype: torch.dtype, frames: int = 16):
@@ -20,8 +22,11 @@ def inputs(dtype: torch.dtype, frames: int = 16):
     return sample.to(CUDA, dtype), context.to(CUDA, dtype), torch.tensor([[29.0, 127.0, 0.02]])
 
 
-def on_gpu(pair: svd.Pair) -> comfy.model_patcher.ModelPatcher:
-    return comfy.model_patcher.ModelPatcher(pair.base.model, load_device=CUDA, offload_device=CPU)
+def on_gpu(pair: svd.Pair, dynamic: bool) -> comfy.model_patcher.ModelPatcher:
+    kind = comfy.model_patcher.ModelPatcher
+    if dynamic:
+        kind = comfy.model_patcher.ModelPatcherDynamic
+    return kind(pair.base.model, load_device=CUDA, offload_device=CPU)
 
 
 def call(model, dtype: torch.dtype) -> torch.Tensor:
@@ -41,21 +46,18 @@ def test_no_further_from_the_truth_than_the_reference(dtype: torch.dtype) -> Non
             return unet(sample[0].to(kind), 0.7, context[0].to(kind), ids.to(CUDA)).cpu()
 
     truth = reference(torch.float32)
-    ours = svd.relative_error(call(apply_extension(on_gpu(pair), pair.extension), dtype)[0], truth)
+    ours = svd.relative_error(call(apply_extension(on_gpu(pair, False), pair.extension), dtype)[0], truth)
     theirs = svd.relative_error(reference(dtype), truth)
     print(f"{dtype}: ours {ours:.2e}, the reference's {theirs:.2e}")
     assert ours < 5e-5 if dtype == torch.float32 else ours <= theirs * 1.05
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_alternation_on_the_gpu(dynamic: bool, dynamic_vram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if dynamic and not dynamic_vram:
-        pytest.skip("dynamic VRAM does not run here")
-    if dynamic:
-        monkeypatch.setattr("comfy.memory_management.aimdo_enabled", True)
+def test_alternation_on_the_gpu(dynamic: bool, request: pytest.FixtureRequest) -> None:
     pair = svd.make_pair(torch.float16)
-    kind = comfy.model_patcher.ModelPatcherDynamic if dynamic else comfy.model_patcher.ModelPatcher
-    base = kind(pair.base.model, load_device=CUDA, offload_device=CPU)
+    if dynamic:  # not before: with dynamic VRAM the host makes models without weights
+        request.getfixturevalue("dynamic_vram")
+    base = on_gpu(pair, dynamic)
     patched = apply_extension(base, pair.extension)
     plain, extended = call(base, torch.float16), call(patched, torch.float16)
     assert not plain.equal(extended)
@@ -69,12 +71,14 @@ def test_alternation_on_the_gpu(dynamic: bool, dynamic_vram: bool, monkeypatch: 
 
 
 @pytest.mark.parametrize("part", [0.0, 0.4, 0.8])
-def test_partial_loading_on_the_gpu(part: float) -> None:
+def test_partial_loading_on_the_gpu(part: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = svd.make_pair(torch.float16)
-    patched = apply_extension(on_gpu(pair), pair.extension)
+    patched = apply_extension(on_gpu(pair, False), pair.extension)
     expected = call(patched, torch.float16)
     patched.partially_unload(CPU, int((1 - part) * patched.loaded_size()))
     assert patched.loaded_size() < patched.model_size()
+    # There is room for all of it: the host would load the rest again.
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models: None)
     error = svd.relative_error(call(patched, torch.float16), expected)
     assert error < 2e-3
 
@@ -87,12 +91,12 @@ def test_a_call_keeps_to_its_estimate_and_its_result(offload: bool) -> None:
 
     dtype = torch.float16
     pair = svd.make_pair(dtype)
-    patched = apply_extension(on_gpu(pair), pair.extension)
+    patched = apply_extension(on_gpu(pair, False), pair.extension)
     whole = call(with_memory(patched, MemorySettings(chunk_megabytes=8192)), dtype)
     settings = MemorySettings(chunk_megabytes=4, offload_skips=offload)
     bounded = with_memory(patched, settings)
     assert svd.relative_error(call(bounded, dtype), whole) < 8 * torch.finfo(dtype).eps
-    frames, size = 128, 64
+    frames, size = (48, 32) if SIMULATED else (128, 64)
     generator = torch.Generator().manual_seed(5)
     sample = torch.randn(1, frames, 8, size, size, generator=generator).to(CUDA, dtype)
     context = torch.randn(1, 1, svd.CONTEXT, generator=generator).to(CUDA, dtype)
@@ -113,8 +117,8 @@ def test_offloaded_skips_arrive_in_time() -> None:
 
     dtype = torch.float16
     pair = svd.make_pair(dtype)
-    patched = apply_extension(on_gpu(pair), pair.extension)
+    patched = apply_extension(on_gpu(pair, False), pair.extension)
     kept = call(with_memory(patched, MemorySettings(chunk_megabytes=1)), dtype)
     away = with_memory(patched, MemorySettings(chunk_megabytes=1, offload_skips=True))
-    for _ in range(20):
+    for _ in range(2 if SIMULATED else 20):
         assert call(away, dtype).equal(kept)
