@@ -39,10 +39,17 @@ MODES = {
 }
 
 
+#: The encoder makes another file each time: all servers get the first.
+_CLIP: list[bytes] = []
+
+
 def make(host: Path, arguments: Sequence[str] = (), simulation: Simulation | None = None) -> Server:
     """A server that has not started yet, with all that the saved workflows read and a LoRA."""
     server = Server(Host(host), arguments=arguments, simulation=simulation)
     workflow_inputs.give(server)
+    clip = server.input / "clip.mp4"
+    _CLIP.append(clip.read_bytes())
+    clip.write_bytes(_CLIP[0])
     (server.models / "loras").mkdir()
     save_file(_lora(), server.models / "loras" / LORA)
     return server
