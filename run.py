@@ -2,8 +2,8 @@
 """ExVideo for ComfyUI: try it and test it.
 
     python run.py demo                     a picture becomes a 128-frame video, in ComfyUI where there is one
-    python run.py test [--tier NAME ...]   the tests
-    python run.py bench NAME [...]         the figures of benchmarks/ (--help after the name tells the options)
+    python run.py test [--tier NAME ...]   the tests, on the newest ComfyUI found; with --all on every one
+    python run.py bench NAME [...]         the figures of benchmarks/ (without a name: a list; --help after it: options)
     python run.py help                     write the nodes' help pages and README's table anew, after a change of texts
 
 Needs Python and nothing else: what it installs lies in the user's cache folder.
@@ -28,9 +28,23 @@ TIERS = ("unit", "parity", "post_tuning", "host", "card", "browser", "cuda")
 #: The oldest ComfyUI that simulated cards stand for.
 CARD_HOST = (0, 33)
 HOSTLESS = ("unit", "parity", "post_tuning")
-#: Benchmarks that run in a ComfyUI.
-NEEDS_HOST = ("fuzz", "growth", "length", "memory", "minute", "preview", "soak", "speed")
-BENCHMARKS = ("method", *NEEDS_HOST)
+#: What `bench` measures, by name.
+BENCHMARKS = {
+    "cards": "what fits on which card; with --real, seconds and memory on this machine's",
+    "fuzz": "what loaders do with corrupted files",
+    "growth": "time and memory of a call over the number of frames",
+    "length": "clips longer than the trained length",
+    "memory": "activation memory of a call against the reference",
+    "method": "what post-tuning does to the small model",
+    "minute": "memory of a server that makes a minute of video",
+    "preview": "what moving previews cost",
+    "soak": "hundreds of prompts on one server, cancellations and errors among them",
+    "speed": "time of a call against the reference",
+    "work": "operations and bytes of a call as a GPU gets it, against the reference",
+}
+HOSTLESS_BENCHMARKS = ("method",)
+#: Those with plots, which are drawn in an environment that has matplotlib.
+DRAWN = ("growth", "memory")
 HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
 HOW_BROWSER = {"pytest": "pytest", "playwright": "playwright"}
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -48,9 +62,10 @@ def main() -> int:
     show.add_argument("--keep", action="store_true", help="leave the server's folder, with its log")
     test = commands.add_parser("test", help="run the tests")
     test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given again)")
+    test.add_argument("--all", action="store_true", help="on every ComfyUI found, not on the newest only")
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     bench = commands.add_parser("bench", help="make the figures of benchmarks/", add_help=False)
-    bench.add_argument("name", choices=BENCHMARKS)
+    bench.add_argument("name", nargs="?", choices=BENCHMARKS)
     pages = commands.add_parser("help", help="write the nodes' help pages and README's table")
     pages.add_argument("--pictures", action="store_true", help="take their pictures anew (needs Chromium)")
     options, rest = parser.parse_known_args()
@@ -66,7 +81,7 @@ def main() -> int:
             return benchmark(options.name, rest)
         if options.command == "help":
             return write_help(options.pictures)
-        return run_tests(tuple(options.tier or TIERS), options.pytest)
+        return run_tests(tuple(options.tier or TIERS), options.pytest, every_host=options.all)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
         return 1
@@ -88,15 +103,20 @@ def demo(folder: Path | None = None, standalone: bool = False, keep: bool = Fals
     return _python(host_python(host), "-m", "runner.demo", *arguments).returncode
 
 
-def benchmark(name: str, arguments: list[str]) -> int:
-    if name not in NEEDS_HOST:
+def benchmark(name: str | None, arguments: list[str]) -> int:
+    if name is None:
+        print("\n".join(f"{known:8} {what}" for known, what in BENCHMARKS.items()))
+        return 0
+    if name in HOSTLESS_BENCHMARKS:
         return _python(own_python(), "-m", f"benchmarks.{name}", *arguments).returncode
     hosts = find_hosts()
     if not hosts:
         print(f"bench {name} needs a ComfyUI: {NO_HOST}", file=sys.stderr)
         return 1
     done = _python(host_python(hosts[0]), "-m", f"benchmarks.{name}", *arguments, host=hosts[0])
-    return done.returncode or _python(own_python(), "-m", "benchmarks.plots", name).returncode
+    if done.returncode or name not in DRAWN:
+        return done.returncode
+    return _python(own_python(), "-m", "benchmarks.plots", name).returncode
 
 
 def write_help(pictures: bool = False) -> int:
@@ -108,9 +128,13 @@ def write_help(pictures: bool = False) -> int:
     return max(_python(host_python(hosts[0]), "-m", module, host=hosts[0]).returncode for module in modules)
 
 
-def run_tests(tiers: tuple[str, ...], extra: list[str]) -> int:
+def run_tests(tiers: tuple[str, ...], extra: list[str], every_host: bool = False) -> int:
     hosts = find_hosts()
     lines: list[str] = []
+    if not every_host and len(hosts) > 1:
+        older = ", ".join(host.version for host in hosts[1:])
+        hosts = hosts[:1]
+        lines.append(f"Only on ComfyUI {hosts[0].version}. To test {older} too: python run.py test --all")
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failed = False
     for tier in (tier for tier in TIERS if tier in tiers):

@@ -151,17 +151,21 @@ def count(maker: str, frames: int, size: int, chunk_megabytes: int, offload: boo
             parameters = list(model.model.parameters())
             call = lambda: unets.call_ours(model, given, embedded)  # noqa: E731
         counter = LiveBytes()
-        keep = skips._offloaded
+        keep = skips.HostBuffers.take
 
-        def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
+        def elsewhere(buffers: skips.HostBuffers, like: torch.Tensor) -> torch.Tensor:
             with counter.paused():
-                return keep(tensor)
+                return keep(buffers, like)
 
         def fetch(self: skips.Skip, start: int, end: int) -> tuple[torch.Tensor, None]:
             part = self.held[start:end]
             return (part.clone() if offload else part), None
 
-        with counter, mock.patch.object(skips, "_offloaded", elsewhere), mock.patch.object(skips.Skip, "fetch", fetch):
+        with (
+            counter,
+            mock.patch.object(skips.HostBuffers, "take", elsewhere),
+            mock.patch.object(skips.Skip, "fetch", fetch),
+        ):
             counter.ignore([parameters, weights.base, weights.extension, vars(given), embedded])
             call()
     return counter.peak

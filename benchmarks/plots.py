@@ -13,13 +13,12 @@ from .report import RESULTS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["fuzz", "growth", "length", "memory", "minute", "preview", "soak", "speed"])
-    draw = {"growth": growth, "memory": memory}.get(parser.parse_args().name)
-    if draw is not None:
-        import matplotlib
+    parser.add_argument("name", choices=["growth", "memory"])
+    name = parser.parse_args().name
+    import matplotlib
 
-        matplotlib.use("Agg")
-        draw()
+    matplotlib.use("Agg")
+    {"growth": growth, "memory": memory}[name]()
     return 0
 
 

@@ -36,13 +36,20 @@ def command() -> str:
     return " ".join(["python run.py bench", Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write `name`.json and `name`.md, or `name`_cuda.* on a GPU: neither machine's figures replace the other's."""
+def write(name: str, rows: list[dict[str, Any]], details: list[dict[str, Any]] | None = None, after: str = "") -> None:
+    """Write `name`.json and `name`.md, or `name`_cuda.* on a GPU: neither machine's figures replace the other's.
+
+    Args:
+        details: more rows, for the JSON only.
+        after: Markdown beneath the table.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     stem = f"{name}_cuda" if torch.cuda.is_available() else name
     found = {"command": command(), "machine": machine(), "rows": rows}
+    if details is not None:
+        found["details"] = details
     (RESULTS / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{stem}.md").write_text(markdown(rows) + f"\n`{command()}`, on {machine()}\n", encoding="utf-8")
+    (RESULTS / f"{stem}.md").write_text(markdown(rows) + after + f"\n`{command()}`, on {machine()}\n", encoding="utf-8")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

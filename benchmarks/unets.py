@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
 import types
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +89,20 @@ def shapes(kind: str, frames: int) -> tuple[dict[str, torch.Size], dict[str, tup
     return base, layouts.extension_shapes(widths, CONTEXT, frames)
 
 
-def random_weights(kind: str, frames: int, dtype: torch.dtype, seed: int = 0) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
+def random_weights(
+    kind: str, frames: int, dtype: torch.dtype, seed: int = 0, device: torch.device | None = None
+) -> Weights:
+    """Weights in RAM, made on a device: a GPU needs a second for what takes a CPU a minute."""
+    generator = torch.Generator().manual_seed(seed) if device is None else None
     prefix = len("model.diffusion_model.")
     found = shapes(kind, frames)[0]
-    base = {n: random_model.random_weight(n[prefix:], shape, generator).to(dtype) for n, shape in found.items()}
-    widths = [base[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS]
-    extension = random_model.random_extension(widths, CONTEXT, frames, generator)
-    return Weights(kind, base, {name: value.to(dtype) for name, value in extension.items()})
+    with nullcontext() if device is None else device:
+        base = {
+            n: random_model.random_weight(n[prefix:], shape, generator).to("cpu", dtype) for n, shape in found.items()
+        }
+        widths = [base[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS]
+        extension = random_model.random_extension(widths, CONTEXT, frames, generator)
+    return Weights(kind, base, {name: value.to("cpu", dtype) for name, value in extension.items()})
 
 
 def ours(
@@ -112,7 +120,7 @@ def ours(
     config = _config(weights.kind)
     config.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
-    model = config.get_model({}, device=torch.device("cpu"))
+    model = config.get_model({}, device=device if fake else torch.device("cpu"))
     model.load_model_weights(dict(weights.base), "model.diffusion_model.")
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
     extension = Extension.from_tensors("random", weights.extension)
@@ -133,15 +141,20 @@ def theirs(weights: Weights) -> torch.nn.Module:
     """The reference's UNet with the extension."""
     module = reference_module(weights.kind)
     frames = weights.extension["blocks.7.positional_embedding.embeddings"].shape[0]
+    device = comfy.model_management.get_torch_device()
     usual = torch.get_default_dtype()
     torch.set_default_dtype(next(iter(weights.base.values())).dtype)  # fake weights cannot be converted afterwards
     try:
-        with torch.device(comfy.model_management.get_torch_device()):
+        with torch.device(device):
             unet = module.SVDUNet(add_positional_conv=frames).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(usual)
     state = module.SVDUNet.state_dict_converter().from_civitai(dict(weights.base))
     unet.load_state_dict({**state, **weights.extension})
+    for module in unet.modules():  # its mixing factors are made on the CPU, whatever the default device
+        for name, value in module.named_parameters(recurse=False):
+            if value.device != device:
+                setattr(module, name, torch.nn.Parameter(value.to(device), requires_grad=False))
     return unet
 
 
@@ -188,3 +201,10 @@ def call_theirs(unet: torch.nn.Module, given: Inputs) -> torch.Tensor:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def free() -> None:
+    """Give the memory of models that nobody holds any more back to the device."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()

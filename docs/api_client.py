@@ -19,6 +19,9 @@ from typing import Any
 
 import aiohttp
 
+#: Seconds without a message after which the server is asked whether it still knows the run.
+_PATIENCE = 2.0
+
 
 class RunFailed(Exception):
     """The server refused the workflow, or a node failed; the message says which and why."""
@@ -59,7 +62,7 @@ async def run(session: aiohttp.ClientSession, prompt: dict[str, Any]) -> dict[st
             raise RunFailed(_refusal(answer))
         prompt_id = answer["prompt_id"]
         try:
-            await _follow(socket, prompt, prompt_id)
+            await _follow(session, socket, prompt, prompt_id)
         except asyncio.CancelledError:
             # Out of the queue if it waits there, and interrupted if it runs. The id spares other users' runs.
             await session.post("/queue", json={"delete": [prompt_id]})
@@ -73,8 +76,20 @@ async def run(session: aiohttp.ClientSession, prompt: dict[str, Any]) -> dict[st
         await asyncio.sleep(0.1)
 
 
-async def _follow(socket: aiohttp.ClientWebSocketResponse, prompt: dict[str, Any], prompt_id: str) -> None:
-    async for message in socket:
+async def _follow(
+    session: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse, prompt: dict[str, Any], prompt_id: str
+) -> None:
+    while True:
+        try:
+            message = await socket.receive(timeout=_PATIENCE)
+        except asyncio.TimeoutError:
+            # Of a prompt that somebody deletes from the queue, no message tells.
+            if not await _is_known(session, prompt_id):
+                raise RunFailed("The run was deleted from the queue.") from None
+            continue
+        if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED,
+                            aiohttp.WSMsgType.ERROR):  # fmt: skip
+            raise RunFailed("The server closed the connection.")
         if message.type != aiohttp.WSMsgType.TEXT:
             continue  # previews come as binary messages
         event = json.loads(message.data)
@@ -91,7 +106,16 @@ async def _follow(socket: aiohttp.ClientWebSocketResponse, prompt: dict[str, Any
                 raise RunFailed("The run was interrupted.")
             case "execution_success":
                 return
-    raise RunFailed("The server closed the connection.")
+
+
+async def _is_known(session: aiohttp.ClientSession, prompt_id: str) -> bool:
+    """Whether a prompt waits, runs or has run."""
+    async with session.get("/queue") as response:
+        queue = await response.json()
+    if any(entry[1] == prompt_id for part in queue.values() for entry in part):
+        return True
+    async with session.get(f"/history/{prompt_id}") as response:
+        return prompt_id in await response.json()
 
 
 def _refusal(answer: dict[str, Any]) -> str:

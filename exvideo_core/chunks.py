@@ -17,11 +17,9 @@ class Budget:
     Attributes:
         chunk_bytes: what the widest intermediate of a chunk may take. A chunk is never less than one frame, or one
             row of pixels over all frames.
-        offload_skips: keep skip tensors in host memory between the two halves of the UNet.
     """
 
     chunk_bytes: int
-    offload_skips: bool = False
 
 
 #: What a layer works with on a CPU, and outside of any `use`. Smaller chunks spend their time on small calls, larger

@@ -12,6 +12,7 @@ import torch
 
 from . import layouts, positions
 from .safetensors_header import Header, ModelFileError, read_header
+from .temporal import identity_convolution
 
 #: What training checkpoints put before the names (longest first).
 _PREFIXES = ("_forward_module.unet.", "unet.")
@@ -38,7 +39,7 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class Extension:
-    """An ExVideo extension. Its tensors are mapped from the file, not copied into memory.
+    """An ExVideo extension. Its tensors are in memory: what happens to the file does not change them.
 
     Attributes:
         name: the file's name, for messages.
@@ -100,12 +101,16 @@ class Extension:
         names = _canonical_names(path, header)
         _check_layout(path, names, header)
         tensors: dict[str, torch.Tensor] = {}
+        before = os.stat(path)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name, stored in names.items():
-                    tensors[name] = file.get_tensor(stored)
+                    tensors[name] = file.get_tensor(stored).clone()  # the tensor itself is mapped from the file
         except (SafetensorError, OSError) as error:
             raise ModelFileError(path, f"cannot be read: {error}.", "Download it again.") from error
+        after = os.stat(path)
+        if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+            raise ModelFileError(path, "was changed while it was read.", "Run the workflow again.")
         for name, tensor in tensors.items():
             # min and max in one pass each find NaN and Inf without a mask the size of the tensor.
             if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
@@ -139,12 +144,10 @@ class Extension:
         rows = positions.ping_pong(frames, base_frames)
         blocks = []
         for weights, channels in zip(shared, widths, strict=True):
-            conv = torch.zeros(channels, channels, 3, 3, 3)
-            conv[:, :, 1, 1, 1].diagonal().fill_(1.0)
             blocks.append(
                 BlockWeights(
                     positions=positions.sinusoidal(rows, channels),
-                    conv_weight=conv,
+                    conv_weight=identity_convolution(channels),
                     conv_bias=torch.zeros(channels),
                     shared={name: tensor.detach() for name, tensor in weights.items()},
                 )

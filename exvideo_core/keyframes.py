@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 _PART = re.compile(r"(-?\d+)(?:\s*-\s*(-?\d+))?")
 
@@ -28,8 +29,9 @@ def frame_indices(text: str, frames: int) -> list[int]:
         if last < first:
             raise ValueError(f"The range '{part.strip()}' in frame_indices runs backwards.")
         found += range(first, last + 1)
-    if twice := sorted({frame for frame in found if found.count(frame) > 1}):
-        raise ValueError(f"frame_indices names frame {twice[0]} more than once.")
+    if len(set(found)) < len(found):
+        twice = min(frame for frame, count in Counter(found).items() if count > 1)
+        raise ValueError(f"frame_indices names frame {twice} more than once.")
     return found
 
 

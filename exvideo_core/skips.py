@@ -12,20 +12,72 @@ from typing import Any
 import torch
 
 
+class HostBuffers:
+    """Host memory for what has no room on a device, as a UNet's skip tensors: one buffer for each, used by every call.
+
+    PyTorch's own pinned memory would be rounded up to powers of two, stay cached when it is no longer needed, and be
+    unknown to the host's accounting.
+
+    Args:
+        pin: makes a tensor's memory one that a GPU copies from by itself; False where that is not possible.
+        unpin: takes that back, once the copies that still run are done.
+    """
+
+    def __init__(self, pin: Callable[[torch.Tensor], bool], unpin: Callable[[torch.Tensor], object]) -> None:
+        self._pin, self._unpin = pin, unpin
+        self._buffers: list[tuple[torch.Tensor, bool]] = []
+        self._used = 0
+
+    def begin(self) -> None:
+        """A call begins: what it takes first is the first buffer again."""
+        self._used = 0
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """The next buffer, as an empty tensor of the shape, type and memory layout of `like`."""
+        place, self._used = self._used, self._used + 1
+        if place == len(self._buffers):
+            self._buffers.append((torch.empty(0, dtype=torch.uint8), False))
+        buffer, _ = self._buffers[place]
+        if buffer.nbytes != like.nbytes:
+            self._free(place)
+            buffer = torch.empty(like.nbytes, dtype=torch.uint8)
+            self._buffers[place] = buffer, self._pin(buffer)
+        layout = torch.empty_like(like, device="meta")
+        return buffer.view(like.dtype).as_strided(layout.shape, layout.stride())
+
+    def release(self) -> None:
+        """Give all memory back."""
+        for place in range(len(self._buffers)):
+            self._free(place)
+        self._buffers.clear()
+
+    def _free(self, place: int) -> None:
+        buffer, pinned = self._buffers[place]
+        if pinned:
+            self._unpin(buffer)
+        self._buffers[place] = torch.empty(0, dtype=torch.uint8), False
+
+    def __del__(self) -> None:
+        self.release()
+
+
 class Skip:
     """A skip tensor [N, C, H, W], held where it is or in host memory.
 
-    On a GPU copies run on a stream of their own, beside the computation; host memory is pinned, and PyTorch keeps it
-    for the next call.
+    On a GPU copies run on a stream of their own, beside the computation.
+
+    Args:
+        tensor: the skip tensor.
+        buffers: where its copy in host memory goes; None holds the tensor where it is.
     """
 
-    def __init__(self, tensor: torch.Tensor, offload: bool) -> None:
+    def __init__(self, tensor: torch.Tensor, buffers: HostBuffers | None) -> None:
         self.shape = tensor.shape
         self.device = tensor.device
         self.dtype = tensor.dtype
         #: The tensor itself, for the layer that comes next; None once that layer has it.
         self.live: torch.Tensor | None = tensor
-        self.held = _offloaded(tensor) if offload else tensor
+        self.held = tensor if buffers is None else _copied(tensor, buffers.take(tensor))
 
     def take(self) -> torch.Tensor:
         """The tensor for the layer that comes next; from then on only the held copy is kept."""
@@ -84,11 +136,9 @@ class Joined:
         self._parts.clear()
 
 
-def _offloaded(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory, pinned where a GPU copies from it. The copy may still be under way."""
-    on_gpu = tensor.device.type == "cuda"
-    held = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
-    if not on_gpu:
+def _copied(tensor: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, `held`. It may still be under way on a GPU."""
+    if tensor.device.type != "cuda":
         return held.copy_(tensor)
     stream = _copy_stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))

@@ -73,55 +73,26 @@ def padded_rows(
         positions: projected frame positions, added to every row [T, C].
 
     Returns:
-        [B, T' + 2, end - start + 2, W + 2, C], T' being T rounded up to a multiple of four: zeros beyond T + 2.
+        [B, T + 2, end - start + 2, W + 2, C].
     """
     batch, frames, height, width, channels = clips.shape
-    spare = -frames % 4
-    padded = clips.new_empty(batch, frames + spare + 2, end - start + 2, width + 2, channels)
-    inner = padded[:, 1 : frames + 1, :, 1:-1]
+    padded = clips.new_empty(batch, frames + 2, end - start + 2, width + 2, channels)
+    inner = padded[:, 1:-1, :, 1:-1]
     shift = positions[:, None]
     torch.add(clips[:, :, start:end], shift[:, None], out=inner[:, :, 1:-1])
     torch.add(clips[:, :, min(1, height - 1)] if above is None else above, shift, out=inner[:, :, 0])
     below = end if end < height else max(height - 2, 0)
     from_above = below < start and above is not None
     torch.add(above if from_above else clips[:, :, below], shift, out=inner[:, :, -1])
-    padded[:, 1 : frames + 1, :, 0] = padded[:, 1 : frames + 1, :, min(2, width)]
-    padded[:, 1 : frames + 1, :, -1] = padded[:, 1 : frames + 1, :, max(width - 1, 1)]
+    padded[:, 1:-1, :, 0] = padded[:, 1:-1, :, min(2, width)]
+    padded[:, 1:-1, :, -1] = padded[:, 1:-1, :, max(width - 1, 1)]
     padded[:, 0] = padded[:, min(2, frames)]
-    padded[:, frames + 1] = padded[:, max(frames - 1, 1)]
-    padded[:, frames + 2 :] = 0
+    padded[:, -1] = padded[:, max(frames - 1, 1)]
     return padded
 
 
-def convolve_padded(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, frames: int) -> torch.Tensor:
-    """The 3x3x3 convolution of `padded_rows`, as one of pictures with their neighbours' channels beside their own.
-
-    Args:
-        weight: of `as_picture_convolution`.
-
-    Returns:
-        [B, frames, rows, W, C'].
-    """
-    pictures = torch.cat([padded[:, k : k + frames] for k in range(3)], dim=-1).flatten(0, 1)
-    convolved = functional.conv2d(pictures.permute(0, 3, 1, 2), weight, bias)
-    return convolved.permute(0, 2, 3, 1).unflatten(0, (-1, frames))
-
-
-def as_picture_convolution(weight: torch.Tensor) -> torch.Tensor:
-    """3x3x3 weights [C', C, 3, 3, 3] as 3x3 ones over three frames' channels [C', 3 C, 3, 3], channels last."""
-    pictures = weight.movedim(2, 1).flatten(1, 2)
-    return pictures.contiguous(memory_format=torch.channels_last)
-
-
-def blended_convolution(weight: torch.Tensor, bias: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The convolution's weights, moved towards identity where strength is below 1.
-
-    Args:
-        weight: [C, C, 3, 3, 3].
-        bias: [C].
-    """
-    if strength == 1.0:
-        return weight, bias
-    blended = weight * strength
-    blended[:, :, 1, 1, 1].diagonal().add_(1.0 - strength)
-    return blended, bias * strength
+def identity_convolution(channels: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weights [C, C, 3, 3, 3] of a 3-D convolution that changes nothing: an extension's before its training."""
+    weight = torch.zeros(channels, channels, 3, 3, 3, dtype=dtype)
+    weight[:, :, 1, 1, 1].diagonal().fill_(1.0)
+    return weight

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from .checks import checked
 from .types import MAX_FRAMES
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class ExVideoConditioning(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         clip_vision: ClipVisionModel,

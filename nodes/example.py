@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .checks import checked
+
 
 class ExVideoExamplePicture(io.ComfyNode):
     @classmethod
@@ -33,6 +35,7 @@ class ExVideoExamplePicture(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, seed: int) -> io.NodeOutput:
         import torch
 

@@ -28,13 +28,26 @@ def checkpoint_names() -> list[str]:
     return names if _SHIPPED_CHECKPOINT in names else [*names, _SHIPPED_CHECKPOINT]
 
 
+def fingerprint(path: str | None) -> tuple[int, int] | None:
+    """Changes when the file at a path does: ComfyUI loads it again then."""
+    if path is None or not os.path.isfile(path):
+        return None
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_size
+
+
 def checkpoint_path(name: str) -> str:
     """Full path of a checkpoint of `checkpoint_names`.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
+    return find_checkpoint(name) or folder_paths.get_full_path_or_raise("checkpoints", name)
+
+
+def find_checkpoint(name: str) -> str | None:
+    """Full path of a checkpoint, None where there is none."""
     path = folder_paths.get_full_path("checkpoints", name)
     if path is None and name == _SHIPPED_CHECKPOINT:
         return os.path.join(_SHIPPED, "checkpoints", name)
-    return path or folder_paths.get_full_path_or_raise("checkpoints", name)
+    return path

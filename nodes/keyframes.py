@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from .checks import checked
 from .types import MAX_FRAMES
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class ExVideoKeyframes(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, vae: VAE, latent: dict[str, Any], images: torch.Tensor, frame_indices: str, fade_frames: int = 0
     ) -> io.NodeOutput:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..exvideo_core.choices import BLENDS, Blend
+from .checks import check_chunks, checked, refuse
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
@@ -41,6 +42,7 @@ class ExVideoNormalizeLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, latent: dict[str, Any], normalize: bool, contrast: float) -> io.NodeOutput:
         from ..exvideo_core.imaging import normalize_latents
 
@@ -81,18 +83,6 @@ def blend_input() -> io.Input:
     )
 
 
-def check_chunks(chunk_frames: int, overlap_frames: int) -> bool | str:
-    """Answer of a decoding node's `validate_inputs`.
-
-    Naming an input there switches the host's own range check of it off, so it is done here too.
-    """
-    if not 1 <= chunk_frames <= 1024:
-        return f"chunk_frames ({chunk_frames}) has to be from 1 to 1024."
-    if not 0 <= overlap_frames < chunk_frames:
-        return f"overlap_frames ({overlap_frames}) has to be from 0 to chunk_frames - 1 ({chunk_frames - 1})."
-    return True
-
-
 class ExVideoDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -107,13 +97,15 @@ class ExVideoDecode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, chunk_frames: int, overlap_frames: int) -> bool | str:
-        return check_chunks(chunk_frames, overlap_frames)
+    def validate_inputs(cls, chunk_frames: int | None = None, overlap_frames: int | None = None) -> bool | str:
+        return check_chunks(chunk_frames, overlap_frames) or True
 
     @classmethod
+    @checked
     def execute(
         cls, vae: VAE, latent: dict[str, Any], chunk_frames: int, overlap_frames: int, blend: Blend = "smooth"
     ) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.pixels import decode
 
+        refuse(check_chunks(chunk_frames, overlap_frames))
         return io.NodeOutput(decode(vae, latent["samples"], chunk_frames, overlap_frames, blend))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from .folders import KEY, checkpoint_names, checkpoint_path
+from .folders import KEY, checkpoint_names, checkpoint_path, find_checkpoint, fingerprint
 from .types import ExtensionSocket
 
 
@@ -34,6 +34,10 @@ class ExVideoCheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, ckpt_name: str | None = None) -> tuple[int, int] | None:
+        return fingerprint(None if ckpt_name is None else find_checkpoint(ckpt_name))
+
+    @classmethod
     def execute(cls, ckpt_name: str) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
 
@@ -60,6 +64,10 @@ class ExVideoLoader(io.ComfyNode):
                 ExtensionSocket.Output(display_name="extension", tooltip="The extension, for ExVideo Apply."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, extension_name: str | None = None) -> tuple[int, int] | None:
+        return fingerprint(None if extension_name is None else folder_paths.get_full_path(KEY, extension_name))
 
     @classmethod
     def execute(cls, extension_name: str) -> io.NodeOutput:

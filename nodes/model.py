@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..exvideo_core.choices import POSITION_MODES, PositionMode
+from .checks import checked
 from .types import ExtensionSocket
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class ExVideoApply(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model: ModelPatcher, extension: Extension, strength: float, positions: PositionMode
     ) -> io.NodeOutput:
@@ -69,7 +71,7 @@ class ExVideoMemory(io.ComfyNode):
             display_name="ExVideo Memory",
             category="ExVideo/advanced",
             description="Sets by hand how a model with an extension is computed in chunks. The result stays the same; "
-            "without this node the chunks follow the memory that is free.",
+            "without this node the chunks follow the size of the card.",
             inputs=[
                 io.Model.Input("model", tooltip="The model from ExVideo Apply."),
                 io.Int.Input(
@@ -78,7 +80,7 @@ class ExVideoMemory(io.ComfyNode):
                     min=0,
                     max=65536,
                     tooltip="Size of a chunk's largest tensor. Smaller needs less memory and is slower on a GPU. 0 "
-                    "follows the memory that is free.",
+                    "follows the size of the card: 128 up to 10 GB, 256 up to 20 GB, 512 above; 32 on a CPU.",
                 ),
                 io.Boolean.Input(
                     "offload_skips",
@@ -93,6 +95,7 @@ class ExVideoMemory(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: ModelPatcher, chunk_megabytes: int, offload_skips: bool) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.memory import MemorySettings
         from ..exvideo_core.hosts.comfyui.patch import with_memory

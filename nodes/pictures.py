@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..exvideo_core.choices import DIRECTIONS, Direction
+from .checks import checked
 from .types import ExtensionSocket, RecordingSocket
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class ExVideoPlot(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, extension: Extension, block: int, base: ModelPatcher | None = None) -> io.NodeOutput:
         from ..exvideo_core.charts import extension_chart
         from ..exvideo_core.hosts.comfyui.looking import measure
@@ -87,6 +89,7 @@ class ExVideoRecord(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: ModelPatcher, steps: int) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.recording import recorded
 
@@ -127,6 +130,7 @@ class ExVideoContactSheet(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, vae: VAE, latent: dict[str, Any], frames: int, edge: int, recording: Recording | None = None
     ) -> io.NodeOutput:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import folder_paths
 from comfy_api.latest import io
 
+from .checks import checked
 from .types import MAX_FRAMES, ExtensionSocket
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class ExVideoInit(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: ModelPatcher, frames: int) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.create import untrained_extension
 

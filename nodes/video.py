@@ -10,7 +10,8 @@ import folder_paths
 from comfy_api.latest import InputImpl, io, ui
 
 from ..exvideo_core.choices import CODECS, Blend
-from .latents import blend_input, check_chunks, decoder_inputs
+from .checks import check_chunks, checked, refuse
+from .latents import blend_input, decoder_inputs
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
@@ -54,10 +55,11 @@ class ExVideoSaveVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, chunk_frames: int, overlap_frames: int) -> bool | str:
-        return check_chunks(chunk_frames, overlap_frames)
+    def validate_inputs(cls, chunk_frames: int | None = None, overlap_frames: int | None = None) -> bool | str:
+        return check_chunks(chunk_frames, overlap_frames) or True
 
     @classmethod
+    @checked
     def execute(
         cls,
         vae: VAE,
@@ -73,6 +75,7 @@ class ExVideoSaveVideo(io.ComfyNode):
         from ..exvideo_core.hosts.comfyui.pixels import decoded
         from ..exvideo_core.video_file import VideoWriter
 
+        refuse(check_chunks(chunk_frames, overlap_frames))
         samples = latent["samples"]
         height, width = samples.shape[-2] * 8, samples.shape[-1] * 8
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(

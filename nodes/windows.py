@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..exvideo_core.choices import ANCHORS, FUSES, Anchor, Fuse
+from .checks import check_tiles, checked, refuse
 from .types import MAX_FRAMES
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class ExVideoWindows(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: ModelPatcher,
@@ -125,17 +127,15 @@ class ExVideoTiles(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile_width: int, tile_height: int, overlap: int) -> bool | str:
-        # Naming an input here switches the host's own range check of it off.
-        for name, size in (("tile_width", tile_width), ("tile_height", tile_height)):
-            if not 128 <= size <= 16384:
-                return f"{name} ({size}) has to be from 128 to 16384."
-        if not 0 <= overlap < min(tile_width, tile_height):
-            return f"overlap ({overlap}) has to be from 0 to less than a tile ({min(tile_width, tile_height)})."
-        return True
+    def validate_inputs(
+        cls, tile_width: int | None = None, tile_height: int | None = None, overlap: int | None = None
+    ) -> bool | str:
+        return check_tiles(tile_width, tile_height, overlap) or True
 
     @classmethod
+    @checked
     def execute(cls, model: ModelPatcher, tile_width: int, tile_height: int, overlap: int) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.tiles import Tiles, with_tiles
 
+        refuse(check_tiles(tile_width, tile_height, overlap))
         return io.NodeOutput(with_tiles(model, Tiles(tile_width // 8, tile_height // 8, overlap // 8)))

@@ -36,7 +36,7 @@ def is_host(path: Path) -> bool:
 
 
 def find_hosts() -> list[Host]:
-    """`COMFYUI_PATH` (may list several), an enclosing install, then every ComfyUI under ~/comfy.
+    """`COMFYUI_PATH` (may list several), an enclosing install, then every ComfyUI under ~/comfy, the newest first.
 
     Raises:
         SystemExit: COMFYUI_PATH names a folder that is no ComfyUI.
@@ -47,10 +47,11 @@ def find_hosts() -> list[Host]:
             raise SystemExit(f"COMFYUI_PATH names {path}, which is no ComfyUI folder (no main.py in it).")
     if named:
         return _hosts(named)
-    candidates = [PACK.parents[1]] if PACK.parent.name == "custom_nodes" else []
+    enclosing = [PACK.parents[1]] if PACK.parent.name == "custom_nodes" else []
     home = Path.home() / "comfy"
-    candidates += [home, *(sorted(home.iterdir(), reverse=True) if home.is_dir() else [])]
-    return _hosts([path for path in candidates if is_host(path)])
+    found = [Host(path) for path in [home, *(sorted(home.iterdir()) if home.is_dir() else [])] if is_host(path)]
+    found.sort(key=lambda host: [int(part) for part in re.findall(r"\d+", host.version)], reverse=True)
+    return _hosts([path for path in enclosing if is_host(path)] + [host.path for host in found])
 
 
 def _hosts(paths: list[Path]) -> list[Host]:

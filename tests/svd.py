@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -23,6 +27,7 @@ UNET = {
     "context_dim": CONTEXT,
 }
 FRAMES = 128
+_HAS_DYNAMIC_VRAM = importlib.util.find_spec("comfy.memory_management") is not None
 
 
 @dataclass
@@ -48,13 +53,27 @@ def patcher(dtype: torch.dtype, weights: dict[str, torch.Tensor]) -> comfy.model
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
+@contextlib.contextmanager
+def _layers_with_weights() -> Iterator[None]:
+    """With dynamic VRAM loading, ComfyUI 0.33's linear layers have no weights until a file brings some."""
+    management = importlib.import_module("comfy.memory_management") if _HAS_DYNAMIC_VRAM else None
+    if management is None:
+        yield
+        return
+    usual, management.aimdo_enabled = management.aimdo_enabled, False
+    try:
+        yield
+    finally:
+        management.aimdo_enabled = usual
+
+
 def make_pair(dtype: torch.dtype = torch.float32, frames: int = FRAMES, seed: int = 0) -> Pair:
     generator = torch.Generator().manual_seed(seed)
     config = comfy.supported_models.SVD_img2vid(dict(UNET))
     config.set_inference_dtype(torch.float32, None)
-    shapes = {
-        name: value.shape for name, value in config.get_model({}, device="meta").diffusion_model.state_dict().items()
-    }
+    with _layers_with_weights():
+        state = config.get_model({}, device="meta").diffusion_model.state_dict()
+    shapes = {name: value.shape for name, value in state.items()}
     weights = {
         f"model.diffusion_model.{name}": random_model.random_weight(name, shape, generator)
         for name, shape in shapes.items()

@@ -33,3 +33,7 @@ def counted(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
         return func(*args, **kwargs)
     with mode:
         return func(*args, **kwargs)
+
+
+def is_counted() -> bool:
+    return _counter.get() is not None

@@ -15,8 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from . import devices, hollow, special
-from .counting import counted
+from . import devices, hollow, remembered, special
+from .counting import counted, is_counted
 from .memory import machine
 from .tensor import CardTensor, reveal
 
@@ -116,7 +116,11 @@ def operate(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, An
         found = hollow.without_numbers(func, name, args, kwargs)
         if found is not NotImplemented:
             return _give(found, index, {})
-    result = counted(func, [_unwrapped(value) for value in args], _unwrapped(kwargs) if kwargs else kwargs)
+    inner_args, inner_kwargs = [_unwrapped(value) for value in args], _unwrapped(kwargs) if kwargs else kwargs
+    if machine.hollow and not is_counted():
+        result = remembered.run(func, name, inner_args, inner_kwargs)
+    else:
+        result = counted(func, inner_args, inner_kwargs)
     return _give(result, index, {id(tensor.inner): tensor for tensor in cards})
 
 

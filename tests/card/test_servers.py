@@ -1,4 +1,4 @@
-"""What users do on cards: LoRAs, cancelling, alternation, previews, other devices for a model, two cards at once."""
+"""What users do on cards: LoRAs, cancelling, alternation, previews, other devices for a model, two cards for one."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_a_call_keeps_to_its_estimate_and_its_result(offload: bool) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     result = svd.call_host(bounded, sample, 0.7, context, ids)
-    needed = settings.needed([frames, 4, size, size], 64, dtype.itemsize)
+    needed = settings.needed([frames, 4, size, size], 64, dtype.itemsize, CUDA)
     assert result.isfinite().all()
     assert torch.cuda.max_memory_allocated() - before < needed
 

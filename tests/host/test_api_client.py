@@ -62,6 +62,27 @@ def test_what_is_wrong_is_said(server, tmp_path: Path, setting: str, message: st
     assert done.stdout == ""
 
 
+def test_a_run_deleted_from_the_queue_is_not_waited_for(server, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    long = command(server, "--image", picture, "--set", "KSampler.steps=2000", "--to", tmp_path)
+    first = subprocess.Popen(long, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not server.get("/queue")["queue_running"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        second = subprocess.Popen(long, stderr=subprocess.PIPE, text=True)
+        while not (pending := server.get("/queue")["queue_pending"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        server.post("/queue", {"delete": [pending[0][1]]})
+        _, said = second.communicate(timeout=30)
+        assert second.returncode == 1 and "deleted from the queue" in said
+    finally:
+        first.kill()
+        first.wait()
+        server.interrupt()
+
+
 def test_ctrl_c_cancels_the_run_on_the_server(server, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (64, 64)).save(picture)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import comfy.model_management
 import comfy.sample
 import pytest
 import torch
@@ -41,6 +42,23 @@ def test_a_copy_dies_with_its_last_reference(small_models, way: str) -> None:
         _sample(copy)
         del applied, copy
         assert [reference() for reference in watched] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_model_dies_with_its_last_patcher(small_models) -> None:
+    checkpoint, extension = small_models
+    base, _, _ = load_checkpoint(str(checkpoint))
+    applied = with_memory(apply_extension(base, Extension.load(extension)), MemorySettings(1, True))
+    watched = weakref.ref(base.model)
+    gc.collect()
+    gc.disable()
+    try:
+        _sample(applied)
+        _sample(base)
+        del base, applied
+        comfy.model_management.cleanup_models()
+        assert watched() is None
     finally:
         gc.enable()
 

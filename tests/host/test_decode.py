@@ -13,6 +13,7 @@ from exvideo_core import chunks
 from exvideo_core.choices import CODECS, Blend
 from exvideo_core.hosts.comfyui import decoder, pixels
 from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+from exvideo_core.skips import HostBuffers
 from runner.hosts import PACK
 from small_model import recipe, world
 
@@ -42,6 +43,45 @@ def test_free_memory_does_not_change_the_pictures(vae, monkeypatch) -> None:
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, f=free, **__: f)
         found.append(pixels.decode(vae, given, 8, 4, "smooth"))
     assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_feature_maps_in_host_memory_change_nothing(vae, monkeypatch, share: float) -> None:
+    """None, some or all of the frames' feature maps on the device: the same pictures to the bit."""
+    given = latents(13)
+    expected = decoder.decode_chunk(vae, given)
+    last = vae.first_stage_model.decoder.up[0].block[0]
+    working = 5 * max(64 * 8 * 12 * 4 * last.in_channels, decoder._BUDGET.chunk_bytes)
+    maps = 13 * 64 * 8 * 12 * 4 * (last.in_channels / 4 + last.out_channels)
+    held = []
+    take = HostBuffers.take
+    monkeypatch.setattr(HostBuffers, "take", lambda self, like: held.append(len(like)) or take(self, like))
+    monkeypatch.setattr(decoder, "_most", lambda device: working + share * maps)
+    assert decoder.decode_chunk(vae, given).equal(expected)
+    assert bool(held) == (share < 1.0) and max(held, default=0) <= 13
+
+
+def test_a_card_that_refuses_is_asked_once_more_for_less(vae, monkeypatch) -> None:
+    given = latents(5)
+    expected = decoder.decode_chunk(vae, given)
+    asked, freed = [], []
+    real = decoder._decode_within
+
+    def refuse(vae, module, latents, budget, most):  # noqa: ANN001, ANN202
+        asked.append((budget.chunk_bytes, most))
+        if len(asked) <= refused:
+            raise comfy.model_management.OOM_EXCEPTION("no room")
+        return real(vae, module, latents, budget, most)
+
+    monkeypatch.setattr(decoder, "_decode_within", refuse)
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *given, **named: freed.append(given))
+    refused = 1
+    assert svd.relative_error(decoder.decode_chunk(vae, given), expected) < 2e-6
+    assert asked[1][0] < asked[0][0] and asked[1][1] == 0.0 and len(freed) == 1
+    asked.clear()
+    refused = 2
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="5 frames of 96x64.*latents are kept"):
+        decoder.decode_chunk(vae, given)
 
 
 @pytest.mark.parametrize("blend", ["smooth", "linear"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sampler_helpers
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 
 import svd
 from exvideo_core import chunks
@@ -17,7 +19,7 @@ from exvideo_core.hosts.comfyui.memory import MemorySettings
 from exvideo_core.hosts.comfyui.patch import apply_extension, with_memory
 from exvideo_core.hosts.comfyui.resblock import BoundedDownsample, BoundedResBlock, BoundedUpsample
 from exvideo_core.hosts.comfyui.transformer import ExtendedVideoTransformer
-from exvideo_core.skips import Joined, Skip
+from exvideo_core.skips import HostBuffers, Joined, Skip
 
 FRAMES, HEIGHT, WIDTH = 7, 12, 20
 #: One frame or row at a time, odd numbers of them, and more than there is.
@@ -45,7 +47,7 @@ def inputs(clips: int, height: int = HEIGHT, width: int = WIDTH, dtype: torch.dt
 
 
 def call_within(budget: chunks.Budget, model, clips: int, monkeypatch, dtype=torch.float32, **size) -> torch.Tensor:
-    monkeypatch.setattr(MemorySettings, "budget", lambda self, device: budget)
+    monkeypatch.setattr(MemorySettings, "chunk_bytes", lambda self, device: budget.chunk_bytes)
     sample, context, ids = inputs(clips, dtype=dtype, **size)
     return svd.call_host(model, sample, 0.7, context, ids)
 
@@ -124,13 +126,40 @@ def test_128_frames_in_half_precision_stay_finite(dtype) -> None:
 
 def test_offloaded_skips_change_nothing(patched, monkeypatch) -> None:
     kept = call_within(BUDGETS[1], patched, 1, monkeypatch)
-    away = chunks.Budget(BUDGETS[1].chunk_bytes, offload_skips=True)
-    assert call_within(away, patched, 1, monkeypatch).equal(kept)
+    away = with_memory(patched, MemorySettings(offload_skips=True))
+    for _ in range(2):  # the second time in the buffers of the first
+        assert call_within(BUDGETS[1], away, 1, monkeypatch).equal(kept)
+
+
+def test_buffers_of_skips_are_used_again_pinned_once_and_given_back() -> None:
+    pinned: list[int] = []
+
+    def pin(buffer: torch.Tensor) -> bool:
+        pinned.append(buffer.data_ptr())
+        return True
+
+    buffers = HostBuffers(pin, lambda buffer: pinned.remove(buffer.data_ptr()))
+    like = torch.randn(2, 3, 4, 5, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    places = set()
+    for _ in range(3):
+        buffers.begin()
+        first, second = buffers.take(like), buffers.take(like[:1])
+        assert first.shape == like.shape and first.stride() == like.stride() and first.dtype == like.dtype
+        first.fill_(1)
+        second.fill_(2)
+        assert first.eq(1).all()
+        places.add((first.data_ptr(), second.data_ptr()))
+    assert len(places) == 1 and len(pinned) == 2
+    buffers.begin()
+    assert buffers.take(torch.zeros(7)).shape == (7,)
+    assert len(pinned) == 2
+    buffers.release()
+    assert pinned == []
 
 
 def test_skips_are_joined_chunk_by_chunk() -> None:
     parts = [torch.randn(5, 3, 2, 2), torch.randn(5, 4, 2, 2)]
-    joined = torch.cat([parts[0], Skip(parts[1], offload=True)], dim=1)
+    joined = torch.cat([parts[0], Skip(parts[1], HostBuffers(lambda buffer: False, id))], dim=1)
     assert isinstance(joined, Joined)
     assert joined.shape == (5, 7, 2, 2)
     spans = [(0, 2), (2, 5)]
@@ -171,7 +200,7 @@ def test_an_attention_override_sees_every_attention(patched, monkeypatch) -> Non
 def test_without_the_shortcut_it_is_the_same(patched, monkeypatch) -> None:
     """A context of the same token twice has two keys, so that cross-attention is really computed."""
     sample, context, ids = inputs(1)
-    monkeypatch.setattr(MemorySettings, "budget", lambda self, device: BUDGETS[1])
+    monkeypatch.setattr(MemorySettings, "chunk_bytes", lambda self, device: BUDGETS[1].chunk_bytes)
     one = svd.call_host(patched, sample, 0.7, context, ids)
     two = svd.call_host(patched, sample, 0.7, context.expand(-1, 2, -1), ids)
     assert svd.relative_error(two, one) < 5e-6
@@ -200,10 +229,36 @@ def test_the_host_is_told_what_a_call_needs(pair) -> None:
     area = 128 * 64 * 64 * 64 * 4  # frames x pixels x width x bytes
     for value in told:
         assert 6 * area < value < 8 * area + 2**27
-    # Two conditions never share a batch on a CPU, and other models are estimated as ever.
-    assert model.model.memory_required([256, 4, 64, 64]) == math.inf
-    comfy.model_management.load_models_gpu([pair.base])
-    assert pair.base.model.memory_required(shape) == before
+    assert len(told) >= 2
+    comfy.model_management.load_models_gpu([model])
+    for patcher in (pair.base, model):
+        assert "memory_required" not in vars(patcher.model)
+        assert patcher.model.memory_required(shape) == before
+
+
+@pytest.mark.parametrize(("device", "frames", "together"), [("cpu", 4, False), ("cuda", 4, True), ("cuda", 128, False)])
+def test_conditions_share_a_batch_by_size_and_not_by_free_memory(pair, device, frames, together) -> None:
+    model = apply_extension(pair.base, pair.extension)
+    wrappers = model.get_wrappers(WrappersMP.CALC_COND_BATCH, "exvideo")
+    x = torch.empty(frames, 4, 64, 64, device="meta")
+    x = mock.Mock(device=torch.device(device), shape=x.shape)
+
+    def executor(base, conds, x):  # noqa: ANN001, ANN202
+        return base.memory_required([2 * frames, *x.shape[1:]])
+
+    (wrapper,) = wrappers
+    assert wrapper(executor, model.model, [], x) == (0.0 if together else math.inf)
+    assert "memory_required" not in vars(model.model)
+
+
+def test_chunks_follow_the_card_and_not_what_is_free_of_it(monkeypatch) -> None:
+    card = torch.device("cuda", 0)
+    found = []
+    for gigabytes in (6, 8, 12, 16, 24, 80):
+        monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device, g=gigabytes: g * 10**9)
+        found.append(MemorySettings().chunk_bytes(card) // 2**20)
+    assert found == [128, 128, 256, 256, 512, 512]
+    assert MemorySettings(chunk_megabytes=7).chunk_bytes(card) == 7 * 2**20
 
 
 def test_settings_want_an_extension(pair) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -111,3 +112,38 @@ def test_registering_imports_nothing_heavy() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def numbers(nodes) -> list[tuple]:
+    from comfy_api.latest import io
+
+    return [
+        (node, item)
+        for node in nodes
+        for item in node.define_schema().inputs
+        if isinstance(item, io.Int.Input | io.Float.Input)
+    ]
+
+
+def test_a_number_that_comes_by_link_is_checked_when_it_is_there(nodes) -> None:
+    found = numbers(nodes)
+    assert len(found) >= 25
+    for node, item in found:
+        others = {other.id: getattr(other, "default", None) for other in node.define_schema().inputs}
+        for value in (item.min - 1, item.max + 1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=re.escape(f"{item.id} ({value}) has to be from {item.min} to")):
+                node.execute(**{**others, item.id: value})
+
+
+def test_a_number_that_comes_by_link_is_not_refused_before(nodes) -> None:
+    """The host gives None for it."""
+    for node, item in numbers(nodes):
+        if "validate_inputs" not in vars(node):
+            continue
+        names = list(inspect.signature(node.validate_inputs).parameters)
+        defaults = {other.id: getattr(other, "default", None) for other in node.define_schema().inputs}
+        for linked in ({item.id}, set(names)):
+            assert node.validate_inputs(**{name: None if name in linked else defaults[name] for name in names}) is True
+        if item.id in names:
+            answer = node.validate_inputs(**{name: item.max + 1 if name == item.id else None for name in names})
+            assert f"{item.id} ({item.max + 1})" in answer

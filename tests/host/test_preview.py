@@ -109,6 +109,39 @@ def test_a_cancellation_that_the_preview_hears_of_reaches_the_sampler(monkeypatc
     watched.stop()
 
 
+def _fails(latent_format, x0):  # noqa: ANN001, ANN202
+    raise KeyError("no such decoder")
+
+
+@pytest.mark.parametrize("answer", [lambda *_: None, lambda *_: ("JPEG", b"not a picture", None), _fails])
+def test_a_preview_of_another_kind_ends_no_run(messages, caplog, answer) -> None:
+    """Other packs' previewers answer None, having shown their pictures themselves, or whatever they like."""
+    watched, clip = player(), brightening(12)
+    watched._previewer = type("Other", (), {"decode_latent_to_preview_image": answer})()
+    caplog.set_level("INFO")
+    for step in range(3):
+        time.sleep(0.5)
+        watched.step(step, clip, clip, 4)
+    watched.stop()
+    assert [value for value, *_, thread in messages if thread == "MainThread"] == [1, 2, 3]
+    assert not [thread for *_, thread in messages if thread == "exvideo_preview"]
+    assert len([record for record in caplog.records if "is not played" in record.message]) == 1
+
+
+def test_pictures_that_cannot_be_sent_end_no_run(messages, caplog, monkeypatch) -> None:
+    def hook(value, total, preview, **named):  # noqa: ANN001
+        if threading.current_thread().name == "exvideo_preview":
+            raise OSError("no client")
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    watched, clip = player(), brightening(12)
+    for step in range(3):
+        time.sleep(1.0)
+        watched.step(step, clip, clip, 4)
+    watched.stop()
+    assert len([record for record in caplog.records if "no client" in record.message]) == 1
+
+
 def run(model, **named) -> torch.Tensor:
     given = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     embedding = torch.randn(1, 1, svd.CONTEXT, generator=torch.Generator().manual_seed(5))

@@ -127,6 +127,18 @@ def test_every_bad_file_fails_clearly_and_the_next_prompt_succeeds(server) -> No
         assert frames(server, server.run(quick())) == good, name
 
 
+def test_a_retrained_extension_of_the_same_name_is_loaded_again(server) -> None:
+    path = server.models / "exvideo" / "retrained.safetensors"
+    content = load_file(recipe.EXTENSION)
+    graph = quick(ExVideoLoader={"extension_name": path.name})
+    found = []
+    for factor in (1.0, 0.5, 1.0):
+        save_file({name: value * factor if "attn1" in name else value for name, value in content.items()}, path)
+        graph["save"]["inputs"]["filename_prefix"] = f"trained{len(found)}"  # not the saved pictures from the cache
+        found.append(frames(server, server.run(graph)))
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_pickle_by_name_and_a_wrong_overlap_are_refused(server) -> None:
     torch.save({}, server.models / "exvideo" / "extension.pt")
     result = server.run(quick(ExVideoLoader={"extension_name": "extension.pt"}))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exvideo_core.temporal import blended_convolution, positional_convolution, reflect_pad
+from exvideo_core.temporal import identity_convolution, padded_rows, positional_convolution, reflect_pad
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (1, 1, 4, 4), (1, 4, 1, 3), (1, 3, 2, 1), (1, 1, 1, 1)])
@@ -35,7 +35,15 @@ def test_positional_convolution_by_hand() -> None:
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-12)
 
 
-def test_no_strength_is_the_identity() -> None:
-    weight, bias = blended_convolution(torch.randn(4, 4, 3, 3, 3), torch.randn(4), 0.0)
+def test_the_identity_changes_nothing() -> None:
     x = torch.randn(1, 4, 5, 5, 5)
-    assert torch.nn.functional.conv3d(x, weight, bias).equal(x[:, :, 1:-1, 1:-1, 1:-1])
+    assert torch.nn.functional.conv3d(x, identity_convolution(4)).equal(x[:, :, 1:-1, 1:-1, 1:-1])
+
+
+@pytest.mark.parametrize("rows", [(0, 5), (0, 2), (2, 3), (4, 5)])
+def test_padded_rows_are_those_of_the_whole(rows: tuple[int, int]) -> None:
+    start, end = rows
+    clips, positions = torch.randn(2, 4, 5, 3, 6), torch.randn(4, 6)
+    whole = reflect_pad(clips + positions[:, None, None])
+    above = None if start == 0 else clips[:, :, start - 1]
+    assert padded_rows(clips, start, end, above, positions).equal(whole[:, :, start : end + 2])

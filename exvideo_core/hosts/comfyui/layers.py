@@ -9,7 +9,6 @@ import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention, FeedForward, optimized_attention
 from torch.nn import functional
 
-from ... import winograd
 from .resident import Resident
 
 #: Patches of a user that read or change what the layers of a transformer block hand to each other.
@@ -46,28 +45,48 @@ def add_feed_forward(
 ) -> None:
     """x += net(norm(x)), or x = net(norm(x)), in place. x: contiguous [..., C]."""
     tokens = x.view(-1, x.shape[-1])
-    gate_in, out = feed_forward.net[0], feed_forward.net[2]
-    wide, narrow = weights(gate_in.proj), weights(out)
+    gated, out = feed_forward.net[0], feed_forward.net[2]
+    weight, bias = weights(gated.proj)
+    narrow = weights(out)
+    # Two products of half the width: each result lies in one piece, which pointwise kernels read twice as fast.
+    value_weight, gate_weight = weight.chunk(2)
+    value_bias, gate_bias = (None, None) if bias is None else bias.chunk(2)
     size = _FEED_FORWARD_TOKENS if x.device.type == "cpu" else len(tokens)
     for part in tokens.split(size):
-        value, gate = functional.linear(layer_norm(part, norm, weights), *wide).chunk(2, dim=-1)
-        added = functional.linear(functional.gelu(gate).mul_(value), *narrow)
-        part.add_(added) if residual else part.copy_(added)
+        normed = layer_norm(part, norm, weights)
+        hidden = functional.gelu(functional.linear(normed, gate_weight, gate_bias))
+        hidden.mul_(functional.linear(normed, value_weight, value_bias))
+        if residual:
+            part.add_(functional.linear(hidden, *narrow))
+        else:
+            linear_into(part, hidden, *narrow)
 
 
-def _heads(x: torch.Tensor, count: int) -> torch.Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+def linear_into(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """A linear layer of x [..., C] whose result goes where it is wanted, out: contiguous [..., C']."""
+    rows, result = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.T, out=result)
+    else:
+        torch.addmm(bias, rows, weight.T, out=result)
 
 
 def _attend(
-    query: torch.Tensor, context: torch.Tensor, attention: CrossAttention, weights: Resident, options: dict[str, Any]
+    query: torch.Tensor,
+    context: torch.Tensor,
+    attention: CrossAttention,
+    weights: Resident,
+    options: dict[str, Any],
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Attention, and `shift` [C] added to its result."""
     q = functional.linear(query, *weights(attention.to_q))
     k = functional.linear(context, *weights(attention.to_k))
     v = functional.linear(context, *weights(attention.to_v))
     precision = attention.attn_precision
     out = optimized_attention(q, k, v, attention.heads, attn_precision=precision, transformer_options=options)
-    return functional.linear(out, *weights(attention.to_out[0]))
+    weight, bias = weights(attention.to_out[0])
+    return functional.linear(out, weight, bias if shift is None else shift if bias is None else bias + shift)
 
 
 def transformer_block(
@@ -88,32 +107,37 @@ def transformer_block(
     """
     if block.ff_in:
         add_feed_forward(x, block.norm_in, block.ff_in, weights, residual=block.is_res)
+    crossed: torch.Tensor | None = None
+    if block.attn2 is not None and context.shape[1] == 1 and "optimized_attention_override" not in options:
+        value = functional.linear(context, *weights(block.attn2.to_v))
+        crossed = functional.linear(value, *weights(block.attn2.to_out[0]))
     normed = layer_norm(x, block.norm1, weights)
-    x.add_(_attend(normed, normed, block.attn1, weights, options))
-    if block.attn2 is not None:
-        if context.shape[1] == 1 and "optimized_attention_override" not in options:
-            value = functional.linear(context, *weights(block.attn2.to_v))
-            x.add_(functional.linear(value, *weights(block.attn2.to_out[0])))
-        else:
-            spread = context.expand(x.shape[0], -1, -1)
-            x.add_(_attend(layer_norm(x, block.norm2, weights), spread, block.attn2, weights, options))
+    alike = crossed is not None and len(crossed) == 1
+    x.add_(_attend(normed, normed, block.attn1, weights, options, crossed.flatten() if alike else None))
+    if crossed is not None and not alike:
+        x.add_(crossed)
+    elif block.attn2 is not None and crossed is None:
+        spread = context.expand(x.shape[0], -1, -1)
+        x.add_(_attend(layer_norm(x, block.norm2, weights), spread, block.attn2, weights, options))
     add_feed_forward(x, block.norm3, block.ff, weights, residual=block.is_res)
 
 
-def convolve_pictures(x: torch.Tensor, conv: torch.nn.Conv2d, weights: Resident) -> torch.Tensor:
-    """A 3x3 convolution with zeros around the picture, channels last [N, C, H, W], the fastest way for the device."""
-    if winograd.pays(x, conv.out_channels, x.shape[2]):
-        return winograd.convolve_rows(x, weights.filters(conv, winograd.row_filters), weights(conv)[1])
-    return functional.conv2d(x, *weights(conv), padding=1)
-
-
 def picture_norm(x: torch.Tensor, norm: torch.nn.GroupNorm, weights: Resident) -> torch.Tensor:
-    """Group norm of single frames [N, C, H, W]."""
-    if x.shape[2] * x.shape[3] == 1:
-        # A small model's groups of one value have no spread, and PyTorch's CPU kernel for channels-last tensors
-        # multiplies rounding by a thousand there.
-        x = x.flatten(1)[..., None, None]
-    return functional.group_norm(x, norm.num_groups, *weights(norm), norm.eps)
+    """Group norm of single frames, channels last [N, C, H, W]."""
+    if x.dtype == torch.float32:
+        if x.shape[2] * x.shape[3] == 1:
+            # A small model's groups of one value have no spread, and PyTorch's CPU kernel for channels-last tensors
+            # multiplies rounding by a thousand there.
+            x = x.flatten(1)[..., None, None]
+        return functional.group_norm(x, norm.num_groups, *weights(norm), norm.eps)
+    # PyTorch's kernel for GPUs would copy the pictures to channels first, and the convolution behind it back.
+    pixels = x.permute(0, 2, 3, 1)
+    each = pixels.shape[1] * pixels.shape[2]
+    groups = (norm.num_groups, -1)
+    mean = pixels.mean((1, 2), dtype=torch.float32).unflatten(-1, groups).mean(-1, keepdim=True)
+    norms = torch.linalg.vector_norm(pixels, 2, (1, 2), dtype=torch.float32).square_().unflatten(-1, groups)
+    variance = (norms.mean(-1, keepdim=True) / each).addcmul_(mean, mean, value=-1).clamp_(min=0.0)
+    return _scaled(pixels, mean, variance, norm, weights).permute(0, 3, 1, 2)
 
 
 class Moments:
@@ -129,35 +153,50 @@ class Moments:
 
     def add(self, part: torch.Tensor) -> None:
         """Take in some frames or pixels of all clips, channels last [B, T, P, C]."""
-        part = part.float()
-        added = part[0, ..., : part.shape[-1] // self._groups].numel()
-        # Mean first, then deviations: PyTorch's own var_mean takes seven times as long on a CPU.
-        by_channel = part.mean((1, 2), keepdim=True)
-        spread = (part - by_channel).square_().sum((1, 2)).unflatten(-1, (self._groups, -1))
-        means = by_channel.flatten(1).unflatten(-1, (self._groups, -1))
+        each = part.shape[1] * part.shape[2]
+        means = part.mean((1, 2), dtype=torch.float32).unflatten(-1, (self._groups, -1))
         mean = means.mean(-1)
-        each = added // means.shape[-1]
-        squares = spread.sum(-1) + (means - mean[..., None]).square().sum(-1) * each
+        if part.dtype == torch.float32:
+            # Mean first, then deviations: PyTorch's own var_mean takes seven times as long on a CPU.
+            spread = (part - means.flatten(1)[:, None, None]).square_().sum((1, 2))
+            between = (means - mean[..., None]).square().sum(-1) * each
+            squares = spread.unflatten(-1, (self._groups, -1)).sum(-1) + between
+        else:
+            # What float32 loses in the difference is far below half precision, and the part is never copied.
+            norms = torch.linalg.vector_norm(part, 2, (1, 2), dtype=torch.float32)
+            squares = norms.square().unflatten(-1, (self._groups, -1)).sum(-1) - mean.square() * (
+                each * means.shape[-1]
+            )
+            squares = squares.clamp(min=0.0)
+        added = each * means.shape[-1]
         total = self._count + added
         step = mean - self._mean.to(mean)
         self._mean = mean - step * (self._count / total)
         self._squares = self._squares.to(mean) + squares + step.square() * (self._count * added / total)
         self._count = total
 
-    def of_channels(self, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and (biased) variance of every channel's group [B, C], float32."""
-        each = channels // self._groups
-        return self._mean.repeat_interleave(each, 1), (self._squares / self._count).repeat_interleave(each, 1)
+    def of_groups(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and (biased) variance of every group [B, G, 1], float32."""
+        return self._mean[..., None], (self._squares / self._count)[..., None]
 
 
-def normalize_activate(
-    x: torch.Tensor, moments: tuple[torch.Tensor, torch.Tensor], norm: torch.nn.GroupNorm, weights: Resident
+def normalized(x: torch.Tensor, moments: Moments, norm: torch.nn.GroupNorm, weights: Resident) -> torch.Tensor:
+    """Group norm with given moments: [B, T, P, C] -> contiguous [B, T, P, C]."""
+    return _scaled(x, *moments.of_groups(), norm, weights)
+
+
+def _scaled(
+    x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, norm: torch.nn.GroupNorm, weights: Resident
 ) -> torch.Tensor:
-    """silu(group_norm(x)) with the moments of its channels. x: [B, T, P, C] -> contiguous [B, T, P, C]."""
-    mean, variance = moments
-    weight, bias = weights(norm)
+    """Group norm of x [N, A, B, C] with moments [N, G, 1], computed in float32 and rounded once."""
+    weight, bias = (value.float().unflatten(0, (norm.num_groups, -1)) for value in _affine(weights(norm)))
+    scale = (variance + norm.eps).rsqrt_() * weight
+    shift = torch.addcmul(bias, mean, scale, value=-1)
+    scale, shift = (value.flatten(1)[:, None, None] for value in (scale, shift))
+    return torch.addcmul(shift, x, scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+
+def _affine(weights: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, bias = weights
     assert bias is not None  # SVD's norms have one
-    scale = weight.float() * (variance + norm.eps).rsqrt()
-    centred = x.float() - mean[:, None, None]
-    out = torch.addcmul(bias.float(), centred, scale[:, None, None], out=centred)
-    return functional.silu(out, inplace=True).to(x.dtype).contiguous()
+    return weight, bias

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_base
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.utils
@@ -14,7 +16,8 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample, VideoResBlock
 
 from ... import chunks
-from ...skips import Skip
+from ...skips import HostBuffers, Skip
+from .pinned import pin, unpin
 from .resblock import BoundedDownsample, BoundedResBlock, BoundedUpsample
 from .wrapping import wrap
 
@@ -28,6 +31,10 @@ _BOUNDED = {VideoResBlock: BoundedResBlock, Upsample: BoundedUpsample, Downsampl
 _MAPS, _SKIP_MAPS = 3, 3
 #: Chunk-sized intermediates that are alive at once.
 _CHUNKS = 4
+#: Sizes of chunks in MiB, up to cards of so many GiB. Large chunks are fewer kernels to launch, which fast cards wait
+#: for. They follow from what the card is, not from what is free: kernels round differently for other sizes, and the
+#: same seed has to give the same clip.
+_CHUNKS_OF_CARDS = ((10, 128), (20, 256), (math.inf, 512))
 #: Latent pixels (frames x height x width) up to which a GPU is taken not to be filled by one condition: 32 frames of
 #: 512x512, at whose lowest level 2,048 tokens are left.
 _SHARED_PIXELS = 2**17
@@ -38,35 +45,33 @@ class MemorySettings:
     """How a model's calls are cut.
 
     Attributes:
-        chunk_megabytes: size of a chunk's widest intermediate; 0 follows the memory that is free.
+        chunk_megabytes: size of a chunk's widest intermediate; 0 follows the size of the card.
         offload_skips: keep skip tensors in host memory.
     """
 
     chunk_megabytes: int = 0
     offload_skips: bool = False
 
-    def budget(self, device: torch.device) -> chunks.Budget:
-        """Of a call that is about to begin."""
+    def chunk_bytes(self, device: torch.device) -> int:
+        """The size of a chunk on a device."""
         if self.chunk_megabytes:
-            size = self.chunk_megabytes * chunks.MEGABYTE
-        elif device.type == "cpu":
-            size = chunks.DEFAULT.chunk_bytes  # however much memory is free
-        else:
-            free = int(comfy.model_management.get_free_memory(device))
-            size = min(max(free // 16, 32 * chunks.MEGABYTE), 512 * chunks.MEGABYTE)
-        return chunks.Budget(size, self.offload_skips)
+            return self.chunk_megabytes * chunks.MEGABYTE
+        if device.type == "cpu":
+            return chunks.DEFAULT.chunk_bytes
+        total = comfy.model_management.get_total_memory(device) / 2**30
+        return next(size for most, size in _CHUNKS_OF_CARDS if total <= most) * chunks.MEGABYTE
 
-    def needed(self, shape: Sequence[int], channels: int, itemsize: int) -> float:
-        """Bytes that one condition's call needs beside the weights.
+    def needed(self, shape: Sequence[int], channels: int, itemsize: int, device: torch.device) -> float:
+        """Bytes that one condition's call needs on a device beside the weights.
 
         Args:
             shape: of the latents [T, C, H, W].
             channels: of the UNet's first level.
+            itemsize: bytes of a number.
         """
         area = shape[0] * math.prod(shape[2:]) * channels * itemsize
         maps = _MAPS + (0 if self.offload_skips else _SKIP_MAPS)
-        chunk = (self.chunk_megabytes or 64) * chunks.MEGABYTE
-        return area * maps * 1.1 + chunk * _CHUNKS
+        return area * maps * 1.1 + self.chunk_bytes(device) * _CHUNKS
 
 
 def original(patcher: ModelPatcher, path: str) -> torch.nn.Module:
@@ -99,43 +104,34 @@ def configure(patched: ModelPatcher, settings: MemorySettings) -> None:
         settings,
         channels=patched.model.diffusion_model.model_channels,
         itemsize=(patched.model.manual_cast_dtype or patched.model.get_dtype()).itemsize,
-        shared_pixels=0 if comfy.model_management.is_device_cpu(patched.load_device) else _SHARED_PIXELS,
     )
-    patched.add_object_patch("memory_required", estimate.of_a_batch)
+    skips = _OffloadedSkips()
     wrappers = comfy.patcher_extension.WrappersMP
     for kind, wrapper in (
-        (wrappers.DIFFUSION_MODEL, _call(settings)),
-        (wrappers.PREPARE_SAMPLING, estimate.prepare),
+        (wrappers.DIFFUSION_MODEL, _call(settings, skips)),
+        (wrappers.PREPARE_SAMPLING, estimate.while_preparing),
+        (wrappers.CALC_COND_BATCH, estimate.while_batching),
+        (wrappers.OUTER_SAMPLE, skips.for_a_sampling),
     ):
         wrap(patched, kind, _KEY, wrapper, first=False)
 
 
 @dataclass(frozen=True)
 class _Estimate:
-    """Tells the host what calls need. Holds no patcher: it would keep the model alive that keeps it.
+    """Tells the host what calls need, in the place of `BaseModel.memory_required`.
+
+    Only for as long as the host asks: a function that stays with the model would be one more thing that others who
+    patch the model find there. Holds no patcher: it would keep the model alive that keeps it.
 
     Attributes:
         channels, itemsize: of the UNet's first level.
-        shared_pixels: latent pixels (frames x height x width) of one condition, up to which two share a batch. On a
-            CPU a larger batch is never faster, on a GPU only for clips too small to fill it.
     """
 
     settings: MemorySettings
     channels: int
     itemsize: int
-    shared_pixels: int
 
-    def of_a_batch(self, input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG002, ANN401
-        """Stands for `BaseModel.memory_required` while sampling: conditions share a batch if this much is free.
-
-        The shape is that of all conditions that would share, so a single one is refused here as well; the host then
-        runs it alone all the same.
-        """
-        if math.prod(input_shape[2:]) * input_shape[0] > 2 * self.shared_pixels:
-            return math.inf
-        return self.settings.needed(input_shape, self.channels, self.itemsize)
-
-    def prepare(
+    def while_preparing(
         self,
         executor: Any,  # noqa: ANN401 - the host's
         model: ModelPatcher,
@@ -143,25 +139,77 @@ class _Estimate:
         *rest: Any,  # noqa: ANN401
         **named: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Loading makes room by `BaseModel.memory_required`, before a patch of it can be in place."""
-        real = model.model
-        usual = real.memory_required
-        alone = math.prod(noise_shape[2:]) * noise_shape[0] > self.shared_pixels
+        """Makes room for the calls of a sampling."""
+        device = model.load_device
+        alone = math.prod(noise_shape[2:]) * noise_shape[0] > _shared_pixels(device)
 
         def required(input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG001, ANN401
-            return self.settings.needed(noise_shape if alone else input_shape, self.channels, self.itemsize)
+            return self.settings.needed(noise_shape if alone else input_shape, self.channels, self.itemsize, device)
 
-        real.memory_required = required
-        try:
+        with _answering(model.model, required):
             return executor(model, noise_shape, *rest, **named)
+
+    def while_batching(
+        self,
+        executor: Any,  # noqa: ANN401 - the host's
+        model: comfy.model_base.BaseModel,
+        conds: Any,  # noqa: ANN401
+        x: torch.Tensor,
+        *rest: Any,  # noqa: ANN401
+        **named: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Conditions share a batch where that is faster, whatever memory is free: it changes the rounding."""
+        most = 2 * _shared_pixels(x.device)
+
+        def required(input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG001, ANN401
+            # A single condition that is refused here runs alone all the same.
+            return math.inf if math.prod(input_shape[2:]) * input_shape[0] > most else 0.0
+
+        with _answering(model, required):
+            return executor(model, conds, x, *rest, **named)
+
+
+def _shared_pixels(device: torch.device) -> int:
+    """Latent pixels (frames x height x width) of one condition up to which two share a batch.
+
+    On a CPU a larger batch is never faster, on a GPU only for clips too small to fill it.
+    """
+    return 0 if comfy.model_management.is_device_cpu(device) else _SHARED_PIXELS
+
+
+@contextmanager
+def _answering(model: comfy.model_base.BaseModel, required: Callable[..., float]) -> Iterator[None]:
+    """The model's `memory_required` is another function for the time being."""
+    before = vars(model).get("memory_required")
+    model.memory_required = required
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.memory_required
+        else:
+            model.memory_required = before
+
+
+class _OffloadedSkips:
+    """Buffers of each device that skip tensors wait in, for as long as a sampling runs."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.device, HostBuffers] = {}
+
+    def begin_call(self, device: torch.device) -> HostBuffers:
+        buffers = self._buffers.setdefault(device, HostBuffers(pin, unpin))
+        buffers.begin()
+        return buffers
+
+    def for_a_sampling(self, executor: Any, *given: Any, **named: Any) -> Any:  # noqa: ANN401 - the host's
+        try:
+            return executor(*given, **named)
         finally:
-            if real.memory_required is required:
-                real.memory_required = usual
-            if model.object_patches_backup.get("memory_required") is required:
-                model.object_patches_backup["memory_required"] = usual
+            self._buffers.clear()
 
 
-def _call(settings: MemorySettings) -> Callable[..., Any]:
+def _call(settings: MemorySettings, skips: _OffloadedSkips) -> Callable[..., Any]:
     """Runs a call of the UNet within a budget, its skip tensors as `Skip`s."""
 
     def wrapper(
@@ -174,11 +222,11 @@ def _call(settings: MemorySettings) -> Callable[..., Any]:
         transformer_options: dict[str, Any],
         **rest: Any,  # noqa: ANN401 - passed on
     ) -> torch.Tensor:
-        budget = settings.budget(x.device)
         options = transformer_options
         if control is None and _reads_no_skips(executor.class_obj, options):
-            options = {**options, "patches": _with_skips(options.get("patches", {}), budget.offload_skips)}
-        with chunks.use(budget):
+            buffers = skips.begin_call(x.device) if settings.offload_skips else None
+            options = {**options, "patches": _with_skips(options.get("patches", {}), buffers)}
+        with chunks.use(chunks.Budget(settings.chunk_bytes(x.device))):
             return executor(x, timesteps, context, y, control, options, **rest)
 
     return wrapper
@@ -191,11 +239,11 @@ def _reads_no_skips(unet: torch.nn.Module, options: dict[str, Any]) -> bool:
     return not foreign and all(isinstance(block[0], BoundedResBlock) for block in unet.output_blocks)
 
 
-def _with_skips(patches: dict[str, Any], offload: bool) -> dict[str, Any]:
+def _with_skips(patches: dict[str, Any], buffers: HostBuffers | None) -> dict[str, Any]:
     """Patches by which the host keeps `Skip`s, in between a user's own."""
 
     def keep(h: torch.Tensor, options: dict[str, Any]) -> Skip:  # noqa: ARG001 - the host's signature
-        return Skip(h, offload)
+        return Skip(h, buffers)
 
     def go_on(h: Skip, options: dict[str, Any]) -> torch.Tensor:  # noqa: ARG001 - the host's signature
         return h.take()

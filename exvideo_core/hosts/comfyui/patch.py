@@ -9,10 +9,12 @@ How the weights get in, and why so:
   from RAM, but LoRAs and hooks would miss the new modules, and the dynamic patcher (0.33 on CUDA) restores
   small weights *by name*: with two modules of one name it would write one's weights into the other.
 * The position table and the convolution are new. The 16 transformers are exchanged by object patches for
-  `ExtendedVideoTransformer`s, which share every submodule of their base and add the convolution. It is always
-  larger than the 16 KB below which the dynamic patcher keeps a weight's backup by name, and that backup would be
-  missing a home once an unpatched clone is loaded. The table can be smaller, so it is no parameter: a
-  plain tensor that is cast to the device at use (at most 0.3 MB a block).
+  `ExtendedVideoTransformer`s, which share every submodule of their base and add the convolution. Its module is made
+  once for each model, as an identity, and the extension's weights are a patch on it like the others: the address
+  space that the dynamic patcher reserves for a module is never given back. The module is always larger than the
+  16 KB below which that patcher keeps a weight's backup by name, a backup that would be missing a home once an
+  unpatched clone is loaded. The table can be smaller, so it is no parameter: a plain tensor that is cast to the
+  device at use (at most 0.3 MB a block).
 * Weight patches give the clone an identity of its own. Without them the host would take it for the same
   weights as its parent and leave the new convolutions on the offload device.
 """
@@ -33,8 +35,8 @@ from comfy.patcher_extension import CallbacksMP
 
 from ... import layouts
 from ...choices import PositionMode
-from ...extension import BlockWeights, Extension
-from ...temporal import as_picture_convolution, blended_convolution
+from ...extension import Extension
+from ...temporal import identity_convolution
 from .memory import MemorySettings, bounded_layers, configure, original
 from .preview import play_while_sampling
 from .transformer import ExtendedVideoTransformer
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 _ATTACHMENT = "exvideo"
 _UNET = "diffusion_model."
+#: The convolutions of each model, by the path of their transformer.
+_convolutions: WeakKeyDictionary[comfy.model_base.BaseModel, dict[str, torch.nn.Conv3d]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ def apply_extension(
     patched.add_patches(weight_patches, strength_patch=strength, strength_model=1.0 - strength)
     for key in weight_patches:
         patched.patches[key].insert(0, patched.patches[key].pop())
+    for path, weights in zip(transformers, extension.blocks, strict=True):
+        # Not by `add_patches`, which knows the weights of the unpatched model only.
+        for name, tensor in (("weight", weights.conv_weight), ("bias", weights.conv_bias)):
+            patched.patches[f"{path}.positional_conv.{name}"] = [(strength, (tensor,), 1.0 - strength, None, None)]
     # The host measures a model once, from its modules, and does not see those of object patches.
     added = sum(comfy.model_management.module_size(layer.positional_conv) for layer in layers.values())
     patched.size = model.model_size() + added
@@ -124,10 +132,12 @@ def _extended(
     extension: Extension,
     applied: AppliedExtension,
 ) -> dict[str, ExtendedVideoTransformer]:
+    convolutions = _convolutions.get(patcher.model)
+    if convolutions is None:
+        convolutions = {path: _identity(patcher.model, base.in_channels) for path, base in transformers.items()}
+        _convolutions[patcher.model] = convolutions
     return {
-        path: ExtendedVideoTransformer(
-            base, weights, _convolution(patcher.model, weights, applied.strength), applied.positions, applied.strength
-        )
+        path: ExtendedVideoTransformer(base, convolutions[path], weights.positions, applied.positions, applied.strength)
         for (path, base), weights in zip(transformers.items(), extension.blocks, strict=True)
     }
 
@@ -195,17 +205,15 @@ def find_transformers(model: ModelPatcher) -> dict[str, SpatialVideoTransformer]
     return transformers
 
 
-def _convolution(model: comfy.model_base.BaseModel, weights: BlockWeights, strength: float) -> torch.nn.Module:
-    """The block's convolution as a layer of the host, so that casting, offload and cancellation come with it."""
+def _identity(model: comfy.model_base.BaseModel, channels: int) -> torch.nn.Conv3d:
+    """A 3-D convolution that changes nothing, as a layer of the host: casting and offload come with it."""
     dtype = model.get_dtype()
     if dtype.itemsize < 2:  # fp8 has no convolution: keep the type it computes in
-        dtype = model.manual_cast_dtype or weights.conv_weight.dtype
-    channels = weights.conv_bias.shape[0]
+        dtype = model.manual_cast_dtype or torch.float16
     operations = comfy.ops.pick_operations(dtype, model.manual_cast_dtype)
-    # Three frames' channels side by side make it a convolution of pictures, for which there are fast kernels in
-    # channels-last order. Padding is done by the caller: one of the host's convolution paths ignores the padding mode.
-    conv = operations.Conv2d(3 * channels, channels, 3, dtype=dtype, device="meta")
-    weight, bias = blended_convolution(weights.conv_weight, weights.conv_bias, strength)
-    conv.weight = torch.nn.Parameter(as_picture_convolution(weight.to(dtype)), requires_grad=False)
-    conv.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
+    # Padding is done by the caller: one of the host's convolution paths ignores the padding mode.
+    conv = operations.Conv3d(channels, channels, 3, dtype=dtype, device="meta")
+    # Of zeros that are never written the system keeps no copy in memory.
+    conv.weight = torch.nn.Parameter(identity_convolution(channels, dtype), requires_grad=False)
+    conv.bias = torch.nn.Parameter(torch.zeros(channels, dtype=dtype), requires_grad=False)
     return conv

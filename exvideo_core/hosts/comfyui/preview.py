@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import io
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,7 @@ class Player:
         self._rest: float | None = None  # between pictures; known once one has been encoded
         self._allowance, self._since, self._cost = 0.0, time.perf_counter(), 0.0
         self._thread: threading.Thread | None = None
+        self._works = True
 
     def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, steps: int) -> None:
         """The host's callback of a step, and new pictures if they cost little against what the step took."""
@@ -82,8 +84,11 @@ class Player:
             self._allowance += (now - self._since) * _MAKING
             self._since = now
             self._progress = (step + 1, steps)
-            if self._allowance > self._cost:
-                self._make(denoised)
+            if self._works and self._allowance > self._cost:
+                try:
+                    self._make(denoised)
+                except Exception as error:  # noqa: BLE001 - another pack's code; a preview is not worth a run
+                    self._off(error)
                 self._allowance -= time.perf_counter() - now
         if self._pictures and self._thread is None:
             # In a copy of this context: the host finds there which node is running.
@@ -97,7 +102,12 @@ class Player:
         frames = denoised.flatten(1).any(1).nonzero()[:, 0].tolist()  # windows to come are still zero
         if not frames:
             return
-        kind, picture, most = self._previewer.decode_latent_to_preview_image("JPEG", denoised[frames[0]][None])
+        answer = self._previewer.decode_latent_to_preview_image("JPEG", denoised[frames[0]][None])
+        if answer is None:  # as of previewers that show their pictures by themselves
+            self._works = False
+            logging.info("The clip is not played while it samples: another preview shows it.")
+            return
+        kind, picture, most = answer
         each = time.perf_counter() - began
         count = int(min(len(frames), _MOST_PICTURES, max(self._allowance / max(each, 1e-6), 1)))
         chosen = [frames[i * len(frames) // count] for i in range(1, count)]
@@ -112,6 +122,8 @@ class Player:
         bar = comfy.utils.ProgressBar(1)
         while not self._ended.wait(self._rest):
             with self._lock:
+                if not self._works:
+                    return
                 shown = (shown + 1) % len(self._pictures)
                 kind, most = self._format
                 try:
@@ -120,6 +132,15 @@ class Player:
                     # The host takes a cancellation back when it tells of it; it is the sampler that has to hear.
                     comfy.model_management.interrupt_current_processing()
                     return
+                except Exception as error:  # noqa: BLE001 - as above
+                    self._off(error)
+                    return
+
+    def _off(self, error: Exception) -> None:
+        """No more pictures in this run."""
+        self._works = False
+        self._pictures = []
+        logging.warning("The clip is not played while it samples: its preview failed (%s).", error)
 
     def stop(self) -> None:
         """Show nothing more."""

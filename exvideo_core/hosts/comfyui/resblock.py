@@ -15,9 +15,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock,
 from torch.nn import functional
 
 from ... import chunks
+from ...frame_maps import FrameMaps
 from ...skips import Joined
-from .layers import Moments, adopt, convolve_pictures, normalize_activate, picture_norm
-from .resident import Affine, Resident
+from .layers import Moments, adopt, normalized, picture_norm
+from .resident import Resident
 
 
 def _channels_last(shape: Sequence[int], like: torch.Tensor | Joined) -> torch.Tensor:
@@ -46,16 +47,15 @@ class Chunked(Protocol):
 class Enlarged:
     """Pictures at another size (nearest neighbours) behind a 3x3 convolution, computed as they are read."""
 
-    def __init__(self, x: torch.Tensor, conv: torch.nn.Conv2d, size: tuple[int, int]) -> None:
-        self._x, self._conv, self._size, self._weights = x, conv, size, Resident(x)
+    def __init__(self, x: Chunked, conv: torch.nn.Conv2d, size: tuple[int, int], weights: Resident) -> None:
+        self._x, self._conv, self._size, self._weights = x, conv, size, weights
         self.shape = torch.Size((x.shape[0], conv.out_channels, *size))
         self.device, self.dtype = x.device, x.dtype
 
     def chunks(self, spans: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        for start, end in spans:
-            part = self._x[start:end].contiguous(memory_format=torch.channels_last)
+        for part in self._x.chunks(spans):
             large = functional.interpolate(part, size=self._size, mode="nearest")
-            yield convolve_pictures(large, self._conv, self._weights)
+            yield functional.conv2d(large, *self._weights(self._conv), padding=1)
 
 
 def frames_residual(
@@ -65,8 +65,8 @@ def frames_residual(
     shortcut: torch.nn.Conv2d | None,
     shift: torch.Tensor | None,
     weights: Resident,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    out: FrameMaps,
+) -> None:
     """x + conv(silu(norm(conv(silu(norm(x))) + shift))), frame by frame.
 
     Args:
@@ -74,38 +74,40 @@ def frames_residual(
         first, second: norm and convolution.
         shortcut: 1x1 convolution of x, where C' is not C.
         shift: added between the two [N, C'].
-        out: where the result is written, channels last; may be what `x` reads from.
-
-    Returns:
-        [N, C', H, W], channels last.
+        out: where the result is written [N, C', H, W]; may be what `x` reads from.
     """
     count, channels, height, width = x.shape
     widest = max(channels, second[1].out_channels)
-    if out is None:
-        out = _channels_last((count, second[1].out_channels, height, width), x)
-    spans = chunks.spans(count, height * width * 3 * widest * out.element_size())
+    spans = chunks.spans(count, height * width * 3 * widest * x.dtype.itemsize)
+    (_, conv), (_, last) = first, second
+    before, bias = weights(conv)[1], weights(last)[1]
+    if shift is not None:  # a convolution's bias is a pass of its own on a GPU: added to what is added anyway
+        shift, before = (shift + before)[:, :, None, None], None
+    if shortcut is not None:
+        weight, own = weights(shortcut)
+        weight, own, bias = weight.flatten(1), own + bias, None
     for (start, end), part in zip(spans, x.chunks(spans), strict=True):
-        hidden = _activated_convolution(part, *first, weights)
+        hidden = _activated_convolution(part, *first, before, weights)
         if shift is not None:
-            hidden.add_(shift[start:end, :, None, None])
-        hidden = _activated_convolution(hidden, *second, weights)
+            hidden.add_(shift[start:end])
+        hidden = _activated_convolution(hidden, *second, bias, weights)
         if shortcut is not None:
-            part = functional.conv2d(part, *weights(shortcut))
-        torch.add(hidden, part, out=out[start:end])
-    return out
+            part = functional.linear(part.permute(0, 2, 3, 1), weight, own).permute(0, 3, 1, 2)
+        place = out.frames(start, end, read=False)
+        torch.add(hidden, part, out=place.permute(0, 3, 1, 2))
+        out.store_frames(start, end, place)
 
 
 def _activated_convolution(
-    x: torch.Tensor, norm: torch.nn.GroupNorm, conv: torch.nn.Conv2d, weights: Resident
+    x: torch.Tensor, norm: torch.nn.GroupNorm, conv: torch.nn.Conv2d, bias: torch.Tensor | None, weights: Resident
 ) -> torch.Tensor:
-    normed = picture_norm(x, norm, weights)
-    return convolve_pictures(functional.silu(normed, inplace=True), conv, weights)
+    active = functional.silu(picture_norm(x, norm, weights), inplace=True)
+    return functional.conv2d(active, weights(conv)[0], bias, padding=1)
 
 
 def add_time_residual(
-    x: torch.Tensor,
+    x: FrameMaps,
     stack: ResBlock,
-    frames: int,
     shift: torch.Tensor | None,
     share: torch.Tensor,
     weights: Resident,
@@ -116,7 +118,7 @@ def add_time_residual(
     The host mixes a x + (1 - a)(x + f(x)), which is x + (1 - a) f(x).
 
     Args:
-        x: [B*T, C, H, W], channels last.
+        x: [B*T, C, H, W].
         stack: the block: group norms over all frames, and 3x1x1 convolutions.
         shift: added between the two convolutions [B*T, C].
         share: broadcast against [B, T, P, C].
@@ -125,36 +127,39 @@ def add_time_residual(
     """
     (norm_in, _, conv_in), (norm_out, _, _, conv_out) = stack.in_layers, stack.out_layers
     count, channels, height, width = x.shape
-    clips = x.permute(0, 2, 3, 1).unflatten(0, (-1, frames))  # [B, T, H, W, C]
-    moments = Moments(norm_in.num_groups)
-    for start, end in chunks.spans(frames, count // frames * height * width * channels * 4):
-        moments.add(clips[:, start:end].flatten(2, 3))
-    given = moments.of_channels(channels)
+    frames = x.clip_frames
+    moments_in, moments_out = Moments(norm_in.num_groups), Moments(norm_out.num_groups)
+    for start, end in chunks.spans(height, count * width * channels * 4):
+        moments_in.add(x.rows(start, end).flatten(2, 3))
+    weight, bias = weights(conv_in)
+    if shift is not None:
+        shift, bias = (shift + bias).unflatten(0, (-1, frames))[:, :, None], None
 
-    def first_half(start: int, end: int) -> torch.Tensor:
-        active = normalize_activate(clips[:, :, start:end].flatten(2, 3), given, norm_in, weights)
-        changed = _along_time(active, weights(conv_in))
-        return changed if shift is None else changed.add_(shift.unflatten(0, (-1, frames))[:, :, None])
+    def first_half(rows: torch.Tensor) -> torch.Tensor:
+        active = normalized(rows.flatten(2, 3), moments_in, norm_in, weights)
+        changed = _along_time(functional.silu(active, inplace=True), weight, bias)
+        return changed if shift is None else changed.add_(shift)
 
-    hidden = torch.empty(clips.shape, dtype=x.dtype, device=x.device) if keep else None
-    spans = chunks.spans(height, count * width * channels * x.element_size() * 3)
-    moments = Moments(norm_out.num_groups)
+    kept = (count // frames, frames, height, width, channels)
+    hidden = torch.empty(kept, dtype=x.dtype, device=x.device) if keep else None
+    spans = chunks.spans(height, count * width * channels * x.dtype.itemsize * 3)
     for start, end in spans:
-        changed = first_half(start, end)
-        moments.add(changed)
+        changed = first_half(x.rows(start, end))
+        moments_out.add(changed)
         if hidden is not None:
             hidden[:, :, start:end] = changed.unflatten(2, (-1, width))
-    between = moments.of_channels(channels)
     for start, end in spans:
-        part = first_half(start, end) if hidden is None else hidden[:, :, start:end].flatten(2, 3)
-        active = normalize_activate(part, between, norm_out, weights)
-        changed = _along_time(active, weights(conv_out)).mul_(share)
-        clips[:, :, start:end].add_(changed.unflatten(2, (-1, width)))
+        rows = x.rows(start, end)
+        part = first_half(rows) if hidden is None else hidden[:, :, start:end].flatten(2, 3)
+        active = normalized(part, moments_out, norm_out, weights)
+        changed = _along_time(functional.silu(active, inplace=True), *weights(conv_out))
+        pixels = rows.flatten(2, 3)
+        torch.addcmul(pixels, changed, share, out=pixels)
+        x.store_rows(start, end, rows)
 
 
-def _along_time(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+def _along_time(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A 3x1x1 convolution, zeros beyond the ends. x: [B, T, P, C] -> [B, T, P, C']."""
-    weight, bias = affine
     return functional.conv2d(x.permute(0, 3, 1, 2), weight.squeeze(-1), bias, padding=(1, 0)).permute(0, 2, 3, 1)
 
 
@@ -178,13 +183,15 @@ class BoundedResBlock(VideoResBlock):
         shortcut = None if isinstance(self.skip_connection, torch.nn.Identity) else self.skip_connection
         shift = functional.linear(active, *weights(self.emb_layers[1]))
         joined = x if isinstance(x, Joined) else Joined([x])
-        out = frames_residual(joined, (norm_in, conv_in), (norm_out, conv_out), shortcut, shift, weights)
+        out = _channels_last((x.shape[0], self.out_channels, *x.shape[2:]), joined)
+        maps = FrameMaps.of(out, num_video_frames)
+        frames_residual(joined, (norm_in, conv_in), (norm_out, conv_out), shortcut, shift, weights, maps)
         if joined is x:
             joined.release()
         share = (1.0 - self.time_mixer.get_alpha(image_only_indicator, out.device)).to(out.dtype)
         share = share.squeeze(1) if share.ndim == 5 else share  # [B, 1, T, 1, 1] -> [B, T, 1, 1]
         shift = functional.linear(active, *weights(self.time_stack.emb_layers[1]))
-        add_time_residual(out, self.time_stack, num_video_frames, shift, share, weights)
+        add_time_residual(maps, self.time_stack, shift, share, weights)
         return out
 
 
@@ -198,7 +205,7 @@ class BoundedUpsample(Upsample):
         """x [N, C, H, W] -> [N, C', 2 H, 2 W] or the size of `output_shape`, channels last."""
         height, width = x.shape[-2:]
         size = (2 * height, 2 * width) if output_shape is None else (output_shape[-2], output_shape[-1])
-        large = Enlarged(x, self.conv, size)
+        large = Enlarged(Joined([x]), self.conv, size, Resident(x))
         out = _channels_last(large.shape, x)
         spans = chunks.spans(len(x), math.prod(size) * x.shape[1] * x.element_size() * 2)
         for (start, end), part in zip(spans, large.chunks(spans), strict=True):

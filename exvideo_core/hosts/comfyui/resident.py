@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import comfy.model_management
 import comfy.ops
 import torch
+
+from ...frame_maps import FrameMaps
 
 Affine = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -21,26 +21,16 @@ class Resident:
         like: gives device and type.
     """
 
-    def __init__(self, like: torch.Tensor) -> None:
+    def __init__(self, like: torch.Tensor | FrameMaps) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._like = like
         self._found: dict[int, Affine] = {}
-        self._filters: dict[int, list[torch.Tensor]] = {}
 
     def __call__(self, module: torch.nn.Module) -> Affine:
         """(weight, bias) of one of the host's linear, convolution or norm layers."""
         found = self._found.get(id(module))
         if found is None:
             found = self._found[id(module)] = self._cast(module)
-        return found
-
-    def filters(
-        self, module: torch.nn.Module, made_by: Callable[[torch.Tensor], list[torch.Tensor]]
-    ) -> list[torch.Tensor]:
-        """A convolution's filters as `winograd` takes them, made once."""
-        found = self._filters.get(id(module))
-        if found is None:
-            found = self._filters[id(module)] = made_by(self(module)[0])
         return found
 
     def _cast(self, module: torch.nn.Module) -> Affine:

@@ -9,12 +9,11 @@ import torch
 from comfy.ldm.modules.attention import SpatialVideoTransformer
 from torch.nn import functional
 
-from ... import chunks, winograd
+from ... import chunks
 from ...choices import PositionMode
-from ...extension import BlockWeights
 from ...positions import blended_table
-from ...temporal import convolve_padded, padded_rows
-from .layers import adopt, has_block_patches, picture_norm, transformer_block
+from ...temporal import padded_rows
+from .layers import adopt, has_block_patches, linear_into, picture_norm, transformer_block
 from .resident import Resident
 
 #: A chunk's widest intermediate, in multiples of its tokens: the feed-forward's two halves of 4 C, and its input.
@@ -31,22 +30,22 @@ class ExtendedVideoTransformer(SpatialVideoTransformer):
 
     Args:
         base: the model's transformer.
-        weights: the extension's block for it.
-        conv: the 3x3x3 convolution as a 3x3 one over three frames' channels, without padding.
+        conv: the 3x3x3 convolution, without padding.
+        table: the extension's positions for it [F, C].
         positions, strength: as in `apply_extension`.
     """
 
     def __init__(
         self,
         base: SpatialVideoTransformer,
-        weights: BlockWeights,
-        conv: torch.nn.Module,
+        conv: torch.nn.Conv3d,
+        table: torch.Tensor,
         positions: PositionMode,
         strength: float,
     ) -> None:
         adopt(self, base)
         self.positional_conv = conv
-        self.position_table = weights.positions
+        self.position_table = table
         self.position_mode: PositionMode = positions
         self.position_strength = strength
 
@@ -82,14 +81,13 @@ class ExtendedVideoTransformer(SpatialVideoTransformer):
         size = height * width * channels * x.element_size() * _WIDTH
         for start, end in [(0, count)] if whole else chunks.spans(count, size):
             part = x[start:end].contiguous(memory_format=torch.channels_last)
-            normed = picture_norm(part, self.norm, weights)
-            normed = normed.permute(0, 2, 3, 1).flatten(1, 2)
-            projected = functional.linear(normed, *self._projection(self.proj_in, weights))
+            normed = picture_norm(part, self.norm, weights).permute(0, 2, 3, 1)
+            out = tokens[start:end].flatten(1, 2)
+            linear_into(out, normed.flatten(1, 2), *self._projection(self.proj_in, weights))
             if whole:
-                projected = block(projected, context=context, transformer_options=options)
+                out.copy_(block(out, context=context, transformer_options=options))
             else:
-                transformer_block(block, projected, context[start:end], options, weights)
-            tokens[start:end] = projected.unflatten(1, (height, width))
+                transformer_block(block, out, context[start:end], options, weights)
         return tokens
 
     def _temporal(
@@ -118,9 +116,8 @@ class ExtendedVideoTransformer(SpatialVideoTransformer):
         for start, end in [(0, height)] if whole else chunks.spans(height, size):
             padded = padded_rows(clips, start, end, above, positions)
             above = clips[:, :, end - 1].clone()
-            moving = self._convolve(padded, frames, weights)
+            moving = self._convolve(padded, weights)
             del padded
-            moving = moving.permute(0, 2, 3, 1, 4).contiguous()  # [B, rows, W, T, C]
             shape = moving.shape
             moving = moving.view(-1, frames, channels)
             # One clip's context serves all its sequences as it is.
@@ -136,13 +133,14 @@ class ExtendedVideoTransformer(SpatialVideoTransformer):
             projected = functional.linear(mixed, *self._projection(self.proj_out, weights))
             torch.add(projected, residual[:, :, start:end], out=rows)
 
-    def _convolve(self, padded: torch.Tensor, frames: int, weights: Resident) -> torch.Tensor:
-        """The 3-D convolution, the fastest way for the device: [B, T, rows, W, C]."""
+    def _convolve(self, padded: torch.Tensor, weights: Resident) -> torch.Tensor:
+        """The 3-D convolution of padded rows, in the order in which temporal attention reads: [B, rows, W, T, C]."""
         weight, bias = weights(self.positional_conv)
-        if winograd.pays(padded, weight.shape[0], frames):
-            filters = weights.filters(self.positional_conv, winograd.frame_filters)
-            return winograd.convolve_frames(padded, filters, bias, frames)
-        return convolve_padded(padded, weight, bias, frames)
+        weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        # The host's own method: it goes around what is wrong with some versions of cuDNN.
+        convolved = self.positional_conv._conv_forward(padded.permute(0, 4, 1, 2, 3), weight, None)
+        by_pixel = convolved.permute(0, 3, 4, 2, 1)
+        return torch.add(by_pixel, bias, out=torch.empty_like(by_pixel, memory_format=_CONTIGUOUS))
 
     def _positions(self, frames: int, like: torch.Tensor, weights: Resident) -> torch.Tensor:
         table = blended_table(self.position_table, frames, self.position_mode, self.position_strength)
