@@ -11,6 +11,7 @@ import torch
 from .choices import Direction
 from .distances import Distance
 from .extension import Extension, width_runs
+from .imaging import rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,22 +96,23 @@ def beside(
     """Two clips in one picture, for comparison. The shorter one stands still at its end.
 
     Args:
-        first: [T, H, W, C>=3] in 0..1.
+        first: [T, H, W, C] in 0..1.
         second: the same of any length and size; it is scaled to the first one's height, or width if below it.
         labels: shown above each, where they are not empty.
 
     Returns:
-        [T, H, W, 3], T being the longer one's, both sides even, as video codecs need them.
+        [T, H, W, 3] in float32, T being the longer one's, both sides even, as video codecs need them.
     """
     across = direction == "side by side"
+    first, second = rgb(first, "first"), rgb(second, "second")
     height, width = first.shape[1:3]
     factor = height / second.shape[1] if across else width / second.shape[2]
     size = (max(round(second.shape[1] * factor), 1), max(round(second.shape[2] * factor), 1))
-    pixels = second[..., :3].movedim(-1, 1)
+    pixels = second.movedim(-1, 1)
     if size != tuple(second.shape[1:3]):
         mode = "bilinear" if factor < 1 else "bicubic"
         pixels = torch.nn.functional.interpolate(pixels, size, mode=mode, antialias=factor < 1).clamp(0, 1)
-    clips = [first[..., :3].cpu(), pixels.movedim(1, -1).cpu().to(first.dtype)]
+    clips = [first.cpu(), pixels.movedim(1, -1).cpu()]
     frames = max(len(clip) for clip in clips)
     strips = []
     for clip, label in zip(clips, labels, strict=True):

@@ -14,16 +14,66 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def rgb(image: torch.Tensor, name: str = "image") -> torch.Tensor:
+    """Pictures of any floating-point type as float32 RGB: an alpha channel is dropped, grey becomes three channels.
+
+    Args:
+        image: [B, H, W, C] in 0..1, ComfyUI's IMAGE.
+        name: of the input, for errors.
+
+    Returns:
+        [B, H, W, 3].
+
+    Raises:
+        ValueError: there is no picture, it has no such channels, or not all of its values are finite.
+    """
+    if image.ndim != 4 or 0 in image.shape:
+        shape = list(image.shape)
+        raise ValueError(
+            f"{name} holds no picture: its shape is {shape}, expected [pictures, height, width, channels]."
+        )
+    if image.shape[-1] == 2:
+        raise ValueError(f"{name} has 2 channels. Give it pictures of 1 (grey), 3 (RGB) or 4 channels (RGBA).")
+    pixels = image[..., :3].float()
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"{name} holds NaN or infinite values. Look at the picture that goes in.")
+    return pixels.expand(-1, -1, -1, 3)
+
+
+def check_latents(samples: torch.Tensor, channels: int | None = None) -> None:
+    """Check the latent of a clip [T, C, H, W] before it is worked on.
+
+    Args:
+        channels: that it has to have (default: any).
+
+    Raises:
+        ValueError: it is of another shape, or not all of its values are finite.
+    """
+    shape = list(samples.shape)
+    if samples.ndim != 4 or 0 in shape:
+        raise ValueError(f"The latent's shape is {shape}, expected [frames, channels, height, width]: use SVD's.")
+    if channels is not None and shape[1] != channels:
+        raise ValueError(f"The latent has {shape[1]} channels, and SVD's have {channels}: it is of another model.")
+    if not torch.isfinite(samples).all():
+        raise ValueError(
+            "The latent holds NaN or infinite values: its sampling went wrong. Lower the guidance or the LoRA "
+            "strengths, or start ComfyUI with --force-fp32 or --bf16-unet."
+        )
+
+
 def fit(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """Scale a picture to cover width x height and cut the middle out, antialiased.
 
     Args:
-        image: [B, H, W, C>=3] in 0..1, ComfyUI's IMAGE.
+        image: [B, H, W, C] in 0..1, ComfyUI's IMAGE.
 
     Returns:
-        [B, height, width, 3] in 0..1.
+        [B, height, width, 3] in 0..1, float32.
+
+    Raises:
+        ValueError: as of `rgb`.
     """
-    pixels = image[..., :3].movedim(-1, 1)
+    pixels = rgb(image).movedim(-1, 1)
     if pixels.shape[-2:] != (height, width):
         scale = max(width / pixels.shape[-1], height / pixels.shape[-2])
         cut_w, cut_h = (min(round(n / scale), m) for n, m in zip((width, height), pixels.shape[:-3:-1], strict=True))

@@ -61,7 +61,9 @@ class ExVideoKeyframes(io.ComfyNode):
         cls, vae: VAE, latent: dict[str, Any], images: torch.Tensor, frame_indices: str, fade_frames: int = 0
     ) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.pixels import hold_frames
+        from ..exvideo_core.imaging import check_latents
         from ..exvideo_core.keyframes import frame_indices as parse
 
+        check_latents(latent["samples"], 4)
         frames = parse(frame_indices, len(latent["samples"]))
         return io.NodeOutput(hold_frames(vae, latent, images, frames, fade_frames))

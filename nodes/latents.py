@@ -44,8 +44,9 @@ class ExVideoNormalizeLatent(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, latent: dict[str, Any], normalize: bool, contrast: float) -> io.NodeOutput:
-        from ..exvideo_core.imaging import normalize_latents
+        from ..exvideo_core.imaging import check_latents, normalize_latents
 
+        check_latents(latent["samples"])
         return io.NodeOutput({**latent, "samples": normalize_latents(latent["samples"], normalize, contrast)})
 
 

@@ -41,7 +41,8 @@ def load_checkpoint(path: str) -> LoadedCheckpoint:
         return model, clip_vision, vae
     sd = comfy.utils.load_torch_file(path)
     clip_vision = _load_clip_vision(sd, sizes)
-    vae = _VideoVAE(comfy.utils.state_dict_prefix_replace(sd, {VAE: ""}, filter_keys=True), sizes)
+    vae = _load_vae(sd, sizes)
+    vae.patcher.cached_patcher_init = (_reload_vae, (path,))
     model = _load_unet(sd, sizes)
     model.cached_patcher_init = (_reload_unet, (path,))
     return model, clip_vision, vae
@@ -50,6 +51,15 @@ def load_checkpoint(path: str) -> LoadedCheckpoint:
 def _reload_unet(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """A fresh copy of the diffusion model, for the host's multi-GPU clones."""
     return _load_unet(comfy.utils.load_torch_file(path), read_sizes(path, read_header(path)), disable_dynamic)
+
+
+def _load_vae(sd: dict[str, torch.Tensor], sizes: Sizes) -> comfy.sd.VAE:
+    return _VideoVAE(comfy.utils.state_dict_prefix_replace(sd, {VAE: ""}, filter_keys=True), sizes)
+
+
+def _reload_vae(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:  # noqa: ARG001
+    """A fresh copy of the VAE's model, for the host's Select VAE Device."""
+    return _load_vae(comfy.utils.load_torch_file(path), read_sizes(path, read_header(path))).patcher
 
 
 def _load_unet(

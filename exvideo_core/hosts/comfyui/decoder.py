@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ... import chunks
 from ...frame_maps import FrameMaps
+from ...imaging import check_latents
 from ...skips import HostBuffers
 from .layers import picture_norm
 from .pinned import pin, unpin
@@ -46,6 +47,7 @@ def decode_chunk(vae: comfy.sd.VAE, latents: torch.Tensor) -> torch.Tensor:
     decoder = getattr(vae.first_stage_model, "decoder", None)
     if not isinstance(decoder, VideoDecoder) or decoder.time_mode != "conv-only":
         return vae.decode(latents)
+    check_latents(latents, 4)
     try:
         return _decode_within(vae, decoder, latents, _BUDGET, _most(vae.device))
     except comfy.model_management.OOM_EXCEPTION:

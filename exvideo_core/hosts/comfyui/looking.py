@@ -9,6 +9,7 @@ import torch
 
 from ...charts import contact_sheet
 from ...distances import Distance, distances
+from ...imaging import check_latents
 from .create import base_weights
 from .patch import check_fits, find_transformers
 from .pixels import decode
@@ -53,6 +54,7 @@ def sheet(vae: comfy.sd.VAE, latents: torch.Tensor, recording: Recording | None,
     Raises:
         ValueError: the recording is of another clip, or empty.
     """
+    check_latents(latents)
     if recording is not None:
         _check_recording(recording, latents)
     total = len(latents)

@@ -72,6 +72,7 @@ def decoded(
     Yields:
         the next frames in order, [n, 8 H, 8 W, 3] in 0..1.
     """
+    imaging.check_latents(latents)
     frames = latents.shape[0]
     tasks = list(imaging.chunks(frames, chunk_frames, overlap_frames))
     progress = comfy.utils.ProgressBar(len(tasks))
