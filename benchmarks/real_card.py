@@ -171,7 +171,10 @@ class Results:
 def _shown(options: argparse.Namespace) -> list[str]:
     usual = vars(_parse([]))
     hidden = {"part", "ends"}
-    return [f"--{key} {value}" for key, value in vars(options).items() if key not in hidden and value != usual[key]]
+    given = {key: value for key, value in vars(options).items() if key not in hidden and value != usual[key]}
+    return [
+        f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in given.items()
+    ]
 
 
 def _host_version() -> str:

@@ -9,7 +9,7 @@ import torch
 
 from . import devices, hollow
 from .memory import machine
-from .tensor import CardTensor, DeviceMismatch, reveal
+from .tensor import CardTensor, reveal
 
 Function = Callable[..., Any]
 _OWN = ("inner", "index", "allocation")
@@ -233,9 +233,16 @@ def _describe(tensor: CardTensor, **_: Any) -> str:  # noqa: ANN401
     return f"{repr(tensor.inner)[:-1]}, device='cuda:{tensor.index}')"
 
 
-def _cudnn(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+def _cudnn(
+    tensor: CardTensor,
+    weight: torch.Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    **_: Any,  # noqa: ANN401
+) -> torch.Tensor:
     """The host calls cuDNN by name for some versions of it."""
-    tensor, weight, padding, stride, dilation, groups, *_ = args
     return torch.convolution(tensor, weight, None, stride, padding, dilation, False, [0] * len(padding), groups)
 
 
@@ -273,7 +280,7 @@ HANDLERS: dict[str, Function] = {
     "__dlpack__": _refuse_numpy,
     "backward": _refuse_autograd,
     "register_hook": _refuse_autograd,
-    "cudnn_convolution": _on_card(lambda *args, **kwargs: _cudnn(None, args, kwargs)),
+    "cudnn_convolution": _on_card(_cudnn),
     "__deepcopy__": _deepcopy,
     "__reduce_ex__": _on_card(lambda tensor, _: (_from_host, (_cpu(tensor), tensor.index))),
     "__repr__": _on_card(_describe),
@@ -288,4 +295,4 @@ HANDLERS: dict[str, Function] = {
     "_has_compatible_shallow_copy_type": _converting(lambda *tensors: True),
 }
 
-__all__ = ["HANDLERS", "DeviceMismatch", "convert", "get_property", "is_pinned", "pin", "set_property"]
+__all__ = ["HANDLERS", "convert", "get_property", "is_pinned", "pin", "set_property"]

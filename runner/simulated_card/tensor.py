@@ -106,17 +106,7 @@ class CardTensor(torch.Tensor):
 
         return call(func, types, args, kwargs or {})
 
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - PyTorch's protocol
-        from .functions import call
-
-        return call(func, types, args, kwargs or {})
+    __torch_dispatch__ = __torch_function__
 
 
 def reveal(tensor: CardTensor) -> torch.Tensor:

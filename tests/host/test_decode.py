@@ -67,11 +67,11 @@ def test_a_card_that_refuses_is_asked_once_more_for_less(vae, monkeypatch) -> No
     asked, freed = [], []
     real = decoder._decode_within
 
-    def refuse(vae, module, latents, budget, most):  # noqa: ANN001, ANN202
+    def refuse(vae, module, latents, budget, most, buffers):  # noqa: ANN001, ANN202
         asked.append((budget.chunk_bytes, most))
         if len(asked) <= refused:
             raise comfy.model_management.OOM_EXCEPTION("no room")
-        return real(vae, module, latents, budget, most)
+        return real(vae, module, latents, budget, most, buffers)
 
     monkeypatch.setattr(decoder, "_decode_within", refuse)
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda *given, **named: freed.append(given))

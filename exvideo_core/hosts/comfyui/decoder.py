@@ -16,7 +16,7 @@ from ...frame_maps import FrameMaps
 from ...imaging import check_latents
 from ...skips import HostBuffers
 from .layers import picture_norm
-from .pinned import pin, unpin
+from .pinned import buffers_for
 from .resblock import Chunked, Enlarged, add_time_residual, frames_residual
 from .resident import Resident
 
@@ -29,7 +29,7 @@ _SMALL = chunks.Budget(8 * chunks.MEGABYTE)
 _SHARE = 3 / 8
 
 
-def decode_chunk(vae: comfy.sd.VAE, latents: torch.Tensor) -> torch.Tensor:
+def decode_chunk(vae: comfy.sd.VAE, latents: torch.Tensor, buffers: HostBuffers | None = None) -> torch.Tensor:
     """Decode frames together, as SVD's decoder was made to, whatever memory is free.
 
     The host's own `VAE.decode` cuts them by free memory, and the decoder sees only what it is given together. Other
@@ -37,6 +37,8 @@ def decode_chunk(vae: comfy.sd.VAE, latents: torch.Tensor) -> torch.Tensor:
 
     Args:
         latents: [T, 4, H, W].
+        buffers: for what has no room on the device (default: new ones); to pin memory takes time, so that the chunks of
+            a clip share theirs.
 
     Returns:
         0..1 [T, 8 H, 8 W, 3] on the host's device for results.
@@ -48,14 +50,16 @@ def decode_chunk(vae: comfy.sd.VAE, latents: torch.Tensor) -> torch.Tensor:
     if not isinstance(decoder, VideoDecoder) or decoder.time_mode != "conv-only":
         return vae.decode(latents)
     check_latents(latents, 4)
+    if buffers is None:
+        buffers = buffers_for(vae.device)
     try:
-        return _decode_within(vae, decoder, latents, _BUDGET, _most(vae.device))
+        return _decode_within(vae, decoder, latents, _BUDGET, _most(vae.device), buffers)
     except comfy.model_management.OOM_EXCEPTION:
         logging.warning("Decoding %d frames at once ran out of memory: trying again in smaller pieces.", len(latents))
     comfy.model_management.free_memory(1e30, vae.device)
     comfy.model_management.soft_empty_cache()
     try:
-        return _decode_within(vae, decoder, latents, _SMALL, 0.0)
+        return _decode_within(vae, decoder, latents, _SMALL, 0.0, buffers)
     except comfy.model_management.OOM_EXCEPTION as error:
         height, width = (8 * size for size in latents.shape[2:])
         raise torch.OutOfMemoryError(
@@ -73,7 +77,12 @@ def _most(device: torch.device) -> float:
 
 
 def _decode_within(
-    vae: comfy.sd.VAE, decoder: VideoDecoder, latents: torch.Tensor, budget: chunks.Budget, most: float
+    vae: comfy.sd.VAE,
+    decoder: VideoDecoder,
+    latents: torch.Tensor,
+    budget: chunks.Budget,
+    most: float,
+    buffers: HostBuffers,
 ) -> torch.Tensor:
     """Decode with intermediates of `budget`, and `most` bytes on the device altogether."""
     itemsize = vae.vae_dtype.itemsize
@@ -86,7 +95,7 @@ def _decode_within(
     maps = frames * each * (last.in_channels / 4 + last.out_channels)
     needed = working + min(maps, max(most - working, 0.0))
     comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
-    buffers = HostBuffers(pin, unpin)
+    buffers.begin()
     samples = latents.to(device=vae.device, dtype=vae.vae_dtype)
     with torch.no_grad(), chunks.use(budget):
         pixels = vae.process_output(_decode(decoder, samples, most - working, buffers).to(vae.output_device).float())

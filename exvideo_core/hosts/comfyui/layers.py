@@ -132,12 +132,9 @@ def picture_norm(x: torch.Tensor, norm: torch.nn.GroupNorm, weights: Resident) -
         return functional.group_norm(x, norm.num_groups, *weights(norm), norm.eps)
     # PyTorch's kernel for GPUs would copy the pictures to channels first, and the convolution behind it back.
     pixels = x.permute(0, 2, 3, 1)
-    each = pixels.shape[1] * pixels.shape[2]
-    groups = (norm.num_groups, -1)
-    mean = pixels.mean((1, 2), dtype=torch.float32).unflatten(-1, groups).mean(-1, keepdim=True)
-    norms = torch.linalg.vector_norm(pixels, 2, (1, 2), dtype=torch.float32).square_().unflatten(-1, groups)
-    variance = (norms.mean(-1, keepdim=True) / each).addcmul_(mean, mean, value=-1).clamp_(min=0.0)
-    return _scaled(pixels, mean, variance, norm, weights).permute(0, 3, 1, 2)
+    moments = Moments(norm.num_groups)
+    moments.add(pixels)
+    return normalized(pixels, moments, norm, weights).permute(0, 3, 1, 2)
 
 
 class Moments:
@@ -149,13 +146,14 @@ class Moments:
     def __init__(self, groups: int) -> None:
         self._groups = groups
         self._count = 0
-        self._mean = self._squares = torch.zeros(())
+        self._mean = self._squares = torch.zeros(())  # of the first part, once it is there
 
     def add(self, part: torch.Tensor) -> None:
-        """Take in some frames or pixels of all clips, channels last [B, T, P, C]."""
+        """Take in a part of each of B clips or pictures, channels last [B, T, P, C]."""
         each = part.shape[1] * part.shape[2]
         means = part.mean((1, 2), dtype=torch.float32).unflatten(-1, (self._groups, -1))
         mean = means.mean(-1)
+        added = each * means.shape[-1]
         if part.dtype == torch.float32:
             # Mean first, then deviations: PyTorch's own var_mean takes seven times as long on a CPU.
             spread = (part - means.flatten(1)[:, None, None]).square_().sum((1, 2))
@@ -163,16 +161,16 @@ class Moments:
             squares = spread.unflatten(-1, (self._groups, -1)).sum(-1) + between
         else:
             # What float32 loses in the difference is far below half precision, and the part is never copied.
-            norms = torch.linalg.vector_norm(part, 2, (1, 2), dtype=torch.float32)
-            squares = norms.square().unflatten(-1, (self._groups, -1)).sum(-1) - mean.square() * (
-                each * means.shape[-1]
-            )
-            squares = squares.clamp(min=0.0)
-        added = each * means.shape[-1]
+            norms = torch.linalg.vector_norm(part, 2, (1, 2), dtype=torch.float32).square_()
+            squares = norms.unflatten(-1, (self._groups, -1)).sum(-1)
+            squares = squares.addcmul_(mean, mean, value=-added).clamp_(min=0.0)
+        if self._count == 0:
+            self._mean, self._squares, self._count = mean, squares, added
+            return
         total = self._count + added
-        step = mean - self._mean.to(mean)
+        step = mean - self._mean
         self._mean = mean - step * (self._count / total)
-        self._squares = self._squares.to(mean) + squares + step.square() * (self._count * added / total)
+        self._squares = self._squares + squares + step.square() * (self._count * added / total)
         self._count = total
 
     def of_groups(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,14 +179,8 @@ class Moments:
 
 
 def normalized(x: torch.Tensor, moments: Moments, norm: torch.nn.GroupNorm, weights: Resident) -> torch.Tensor:
-    """Group norm with given moments: [B, T, P, C] -> contiguous [B, T, P, C]."""
-    return _scaled(x, *moments.of_groups(), norm, weights)
-
-
-def _scaled(
-    x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, norm: torch.nn.GroupNorm, weights: Resident
-) -> torch.Tensor:
-    """Group norm of x [N, A, B, C] with moments [N, G, 1], computed in float32 and rounded once."""
+    """Group norm with given moments, computed in float32 and rounded once: [B, T, P, C] -> contiguous [B, T, P, C]."""
+    mean, variance = moments.of_groups()
     weight, bias = (value.float().unflatten(0, (norm.num_groups, -1)) for value in _affine(weights(norm)))
     scale = (variance + norm.eps).rsqrt_() * weight
     shift = torch.addcmul(bias, mean, scale, value=-1)

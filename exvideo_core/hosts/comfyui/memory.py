@@ -17,7 +17,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample,
 
 from ... import chunks
 from ...skips import HostBuffers, Skip
-from .pinned import pin, unpin
+from .pinned import buffers_for
 from .resblock import BoundedDownsample, BoundedResBlock, BoundedUpsample
 from .wrapping import wrap
 
@@ -198,7 +198,9 @@ class _OffloadedSkips:
         self._buffers: dict[torch.device, HostBuffers] = {}
 
     def begin_call(self, device: torch.device) -> HostBuffers:
-        buffers = self._buffers.setdefault(device, HostBuffers(pin, unpin))
+        if device not in self._buffers:
+            self._buffers[device] = buffers_for(device)
+        buffers = self._buffers[device]
         buffers.begin()
         return buffers
 

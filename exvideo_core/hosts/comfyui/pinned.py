@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import comfy.model_management
 import torch
+
+from ...skips import HostBuffers
+
+
+def buffers_for(device: torch.device) -> HostBuffers:
+    """Buffers that a device copies from and to."""
+    return HostBuffers(pin, functools.partial(unpin, device))
 
 
 def pin(buffer: torch.Tensor) -> bool:
@@ -16,9 +25,9 @@ def pin(buffer: torch.Tensor) -> bool:
     return torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 1) == 0
 
 
-def unpin(buffer: torch.Tensor) -> None:
-    """Take that back, once the copies that still run are done."""
-    torch.cuda.synchronize()
+def unpin(device: torch.device, buffer: torch.Tensor) -> None:
+    """Take that back, once a device's copies that still run are done."""
+    torch.cuda.synchronize(device)
     by_host = getattr(comfy.model_management, "unpin_memory", None)
     if by_host is not None:
         by_host(buffer)

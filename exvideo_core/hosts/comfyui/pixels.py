@@ -15,6 +15,7 @@ from ... import imaging
 from ...choices import Blend
 from ...keyframes import free_share
 from .decoder import decode_chunk
+from .pinned import buffers_for
 
 Conditioning = list[list[Any]]
 
@@ -78,9 +79,10 @@ def decoded(
     progress = comfy.utils.ProgressBar(len(tasks))
     waiting: torch.Tensor | None = None  # weighted pixels of the frames that the last chunk shares with the next
     shares = torch.zeros(0)
+    buffers = buffers_for(vae.device)
     for index, (start, end) in enumerate(tasks):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        pixels = decode_chunk(vae, latents[start:end])
+        pixels = decode_chunk(vae, latents[start:end], buffers)
         weights = imaging.blend_weights(start, end, frames, overlap_frames, blend)
         pixels = pixels * weights.view(-1, 1, 1, 1).to(pixels)
         if waiting is not None:
