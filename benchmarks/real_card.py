@@ -172,9 +172,8 @@ def _shown(options: argparse.Namespace) -> list[str]:
     usual = vars(_parse([]))
     hidden = {"part", "ends"}
     given = {key: value for key, value in vars(options).items() if key not in hidden and value != usual[key]}
-    return [
-        f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in given.items()
-    ]
+    texts = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in given.items()}
+    return [f"--{key}" if text is True else f"--{key} {text}" for key, text in texts.items()]
 
 
 def _host_version() -> str:

@@ -61,6 +61,21 @@ def test_feature_maps_in_host_memory_change_nothing(vae, monkeypatch, share: flo
     assert bool(held) == (share < 1.0) and max(held, default=0) <= 13
 
 
+def test_the_chunks_of_a_clip_share_pinned_memory(vae, monkeypatch) -> None:
+    """To pin gigabytes takes longer than to decode: not once a chunk."""
+    pinned: list[int] = []
+
+    def count(frames: int) -> int:
+        pinned.clear()
+        buffers = HostBuffers(lambda buffer: not pinned.append(buffer.nbytes), lambda buffer: None)
+        monkeypatch.setattr(pixels, "buffers_for", lambda device: buffers)
+        pixels.decode(vae, latents(frames), 8, 4, "smooth")
+        return len(pinned)
+
+    monkeypatch.setattr(decoder, "_most", lambda device: 0.0)
+    assert count(8) == count(16) > 0  # one chunk, three of them
+
+
 def test_a_card_that_refuses_is_asked_once_more_for_less(vae, monkeypatch) -> None:
     given = latents(5)
     expected = decoder.decode_chunk(vae, given)
