@@ -20,7 +20,7 @@ import comfy.utils
 import torch
 
 from ...safetensors_header import ModelFileError, read_header
-from .checkpoint_layout import UNET, VAE, Sizes, converted_clip, read_sizes, unet_config, vae_model
+from .checkpoint_layout import CLIP_HEADS, UNET, VAE, Sizes, converted_clip, read_sizes, unet_config, vae_model
 
 LoadedCheckpoint = tuple[comfy.model_patcher.ModelPatcher, comfy.clip_vision.ClipVisionModel, comfy.sd.VAE]
 
@@ -88,9 +88,21 @@ def _load_clip_vision(sd: dict[str, torch.Tensor], sizes: Sizes) -> comfy.clip_v
         path = os.path.join(folder, "clip_vision_config.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(sizes.clip, file)
-        clip_vision = comfy.clip_vision.ClipVisionModel(path)
+        clip_vision = _ClipVision(path)
     clip_vision.load_sd(converted_clip(sd))
     return clip_vision
+
+
+class _ClipVision(comfy.clip_vision.ClipVisionModel):
+    """The host's image encoder, which saves its number of heads beside the weights."""
+
+    def __init__(self, json_config: str) -> None:
+        super().__init__(json_config)
+        with open(json_config, encoding="utf-8") as file:
+            self._heads = float(json.load(file)["num_attention_heads"])
+
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        return {**super().get_sd(), CLIP_HEADS: torch.tensor(self._heads)}
 
 
 class _VideoVAE(comfy.sd.VAE):

@@ -2,6 +2,9 @@
 
 The host itself loads a file with missing tensors, leaves them as they happen to lie in memory, and says so in its log
 only. Here the whole layout is checked against the host's classes before anything is loaded.
+
+The image encoder has OpenCLIP's names, as published, or those of transformers, as the host saves it. Saving keeps no
+metadata: `AnyWidthSVD` and the loader's image encoder put the numbers of heads among the tensors instead.
 """
 
 from __future__ import annotations
@@ -27,7 +30,27 @@ CLIP: str = comfy.supported_models.SVD_img2vid.clip_vision_prefix
 
 _SOURCE = "Use an SVD checkpoint, such as svd_xt.safetensors."
 _AGAIN = "It is incomplete, damaged or of another model: download it again."
+#: SVD's own sizes, the only ones that the host's loader knows.
+_SVD_CHANNELS = 320
+_SVD_CLIP_WIDTH = 1280
+_SVD_VAE = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+_SVD_CLIP = {"hidden_size": _SVD_CLIP_WIDTH, "intermediate_size": 5120, "num_hidden_layers": 32, "patch_size": 14,
+             "image_size": 224, "num_attention_heads": 16, "projection_dim": 1024}  # fmt: skip
 _FLOATS = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}
+
+
+HEAD_CHANNELS = "exvideo.num_head_channels"
+CLIP_HEADS = "exvideo.clip_num_attention_heads"
+#: The tensors that hold them in a file that the host has saved.
+_SAVED_AS = {HEAD_CHANNELS: f"{UNET}{HEAD_CHANNELS}", CLIP_HEADS: f"{CLIP}{CLIP_HEADS}"}
+
+
+class AnyWidthSVD(comfy.supported_models.SVD_img2vid):
+    """The host's configuration of SVD, which saves what a file's shapes cannot tell beside the weights."""
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        heads = torch.tensor(float(self.unet_config["num_head_channels"]))
+        return super().process_unet_state_dict_for_saving({**state_dict, HEAD_CHANNELS: heads})
 
 
 @dataclass(frozen=True)
@@ -56,25 +79,17 @@ def read_sizes(path: str, header: Header) -> Sizes:
     shapes = header.shapes
     if f"{UNET}input_blocks.1.1.time_stack.0.attn1.to_q.weight" not in shapes:
         raise ModelFileError(path, "is not a Stable Video Diffusion checkpoint.", _SOURCE)
-    for part, key in (
-        ("VAE", f"{VAE}decoder.mid.block_1.mix_factor"),
-        ("CLIP vision model", f"{CLIP}conv1.weight"),
-    ):
-        if key not in shapes:
-            raise ModelFileError(path, f"has no {part} of SVD's layout.", _SOURCE)
+    _check_parts(path, shapes)
+    heads = _heads(path, header)
     try:
         metas = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         detected = comfy.model_detection.detect_unet_config(metas, UNET)
-        is_svd = comfy.supported_models.SVD_img2vid.matches(detected)
         parts = {"UNet": _part(metas, UNET), "VAE": _part(metas, VAE), "CLIP vision model": converted_clip(metas)}
-        given = {key: int(header.metadata.get(key, default)) for key, default in METADATA_DEFAULTS.items()}
-        clip = _clip_sizes(parts["CLIP vision model"], given["exvideo.clip_num_attention_heads"])
-        sizes = Sizes(
-            {**detected, "num_head_channels": given["exvideo.num_head_channels"]},
-            _vae_sizes(parts["VAE"]),
-            clip,
-            is_svd,
-        )
+        given = {key: int(value) for key, value in heads.items()}
+        unet = {**detected, "num_head_channels": given[HEAD_CHANNELS]}
+        vae = _vae_sizes(parts["VAE"])
+        clip = _clip_sizes(parts["CLIP vision model"], given[CLIP_HEADS])
+        sizes = Sizes(unet, vae, clip, _is_svd(detected, given[HEAD_CHANNELS], vae, clip))
         _check_heads(sizes)
         needed = {
             "UNet": unet_config(sizes.unet).get_model({}, device="meta").diffusion_model,
@@ -92,9 +107,9 @@ def read_sizes(path: str, header: Header) -> Sizes:
     return sizes
 
 
-def unet_config(sizes: Mapping[str, Any]) -> comfy.supported_models.SVD_img2vid:
+def unet_config(sizes: Mapping[str, Any]) -> AnyWidthSVD:
     """The host's configuration of an SVD UNet of these sizes; its dtype is still to be chosen."""
-    config = comfy.supported_models.SVD_img2vid(dict(sizes))
+    config = AnyWidthSVD(dict(sizes))
     config.unet_config["num_head_channels"] = sizes["num_head_channels"]  # the class puts SVD's own there
     config.set_inference_dtype(torch.float32, None)
     return config
@@ -114,9 +129,65 @@ def vae_model(sizes: dict[str, Any], device: str = "cpu") -> AutoencodingEngine:
 
 
 def converted_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The checkpoint's image encoder, named as the host's class has it."""
+    """The checkpoint's image encoder, named as the host's class has it, from either layout."""
     kept = {key: value for key, value in tensors.items() if key.startswith(CLIP)}
     return comfy.clip_vision.convert_to_transformers(kept, CLIP)
+
+
+def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a file without a temporal VAE or an image encoder, before its sizes are read."""
+    decoder = f"{VAE}decoder."
+    if f"{decoder}mid.block_1.mix_factor" not in shapes:
+        if f"{decoder}conv_in.weight" in shapes:
+            raise ModelFileError(
+                path,
+                "has a VAE that decodes single images, without SVD's temporal layers (as svd_xt_image_decoder has).",
+                "Use svd_xt.safetensors, or load this file with ComfyUI's own node 'Load Checkpoint Image Only "
+                "(img2vid model)', which older versions call 'Image Only Checkpoint Loader (img2vid model)'.",
+            )
+        raise ModelFileError(path, "has no VAE of SVD's layout.", _SOURCE)
+    if not {f"{CLIP}conv1.weight", f"{CLIP}vision_model.embeddings.patch_embedding.weight"} & shapes.keys():
+        raise ModelFileError(path, "has no CLIP vision model of SVD's layout.", _SOURCE)
+
+
+def _heads(path: str, header: Header) -> dict[str, Any]:
+    """What the file says of its attention heads, by the keys of `METADATA_DEFAULTS`.
+
+    Metadata come first, then the tensors that are saved by the host, then SVD's own numbers. A narrower model that the
+    host has saved without those tensors would be computed with wrong heads: it is refused.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    with safe_open(path, framework="pt") as file:
+        for key, name in _SAVED_AS.items():
+            if key in header.metadata:
+                found[key] = header.metadata[key]
+            elif header.shapes.get(name) == ():
+                found[key] = file.get_tensor(name).item()
+    shapes = header.shapes
+    saved_by_host = f"{CLIP}conv1.weight" not in shapes
+    for key, what, name, width in (
+        (HEAD_CHANNELS, "channels a head of the UNet has", f"{UNET}input_blocks.0.0.weight", _SVD_CHANNELS),
+        (CLIP_HEADS, "heads the CLIP vision model has", f"{CLIP}vision_model.pre_layrnorm.weight", _SVD_CLIP_WIDTH),
+    ):
+        if saved_by_host and key not in found and shapes.get(name, (width,))[:1] != (width,):
+            raise ModelFileError(
+                path,
+                f"does not say how many {what}, which a model of this width needs.",
+                "Load the original with Load SVD Checkpoint (ExVideo) and save it again.",
+            )
+    return {**METADATA_DEFAULTS, **found}
+
+
+def _is_svd(detected: dict[str, Any], head_channels: int, vae: dict[str, Any], clip: dict[str, Any]) -> bool:
+    """Whether every part has SVD's own sizes."""
+    return (
+        comfy.supported_models.SVD_img2vid.matches(detected)
+        and head_channels == METADATA_DEFAULTS[HEAD_CHANNELS]
+        and all(vae[key] == value for key, value in _SVD_VAE.items())
+        and all(clip[key] == value for key, value in _SVD_CLIP.items())
+    )
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
