@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 _Execute = TypeVar("_Execute", bound=Callable[..., io.NodeOutput])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from .checks import checked
 from .types import MAX_FRAMES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from ..exvideo_core.choices import BLENDS, Blend
 from .checks import check_chunks, checked, refuse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from .folders import KEY, checkpoint_names, checkpoint_path, find_checkpoint, fingerprint
 from .types import ExtensionSocket

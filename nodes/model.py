@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from ..exvideo_core.choices import POSITION_MODES, PositionMode
 from .checks import checked

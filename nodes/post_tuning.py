@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.v0_0_2 import io
 
 from .checks import checked
 from .types import MAX_FRAMES, ExtensionSocket

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import folder_paths
-from comfy_api.latest import InputImpl, io, ui
+from comfy_api.v0_0_2 import InputImpl, io, ui
 
 from ..exvideo_core.choices import CODECS, Blend
 from .checks import check_chunks, checked, refuse

@@ -99,9 +99,9 @@ def test_registering_imports_nothing_heavy() -> None:
     """A fresh Python that has only stubs of the host's API: torch and comfy must not be touched."""
     code = (
         "import sys, importlib.util, types, unittest.mock as m\n"
-        "api = types.ModuleType('comfy_api.latest'); api.io = m.MagicMock(); api.ComfyExtension = object\n"
+        "api = types.ModuleType('comfy_api.v0_0_2'); api.io = m.MagicMock(); api.ComfyExtension = object\n"
         "api.io.ComfyNode = object; api.ui = api.InputImpl = m.MagicMock()\n"
-        "sys.modules['comfy_api'] = types.ModuleType('comfy_api'); sys.modules['comfy_api.latest'] = api\n"
+        "sys.modules['comfy_api'] = types.ModuleType('comfy_api'); sys.modules['comfy_api.v0_0_2'] = api\n"
         "sys.modules['folder_paths'] = m.MagicMock(folder_names_and_paths=m.MagicMock())\n"
         f"spec = importlib.util.spec_from_file_location('pack', {str(PACK / '__init__.py')!r}, "
         f"submodule_search_locations=[{str(PACK)!r}])\n"
@@ -114,8 +114,20 @@ def test_registering_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_hosts_api_is_asked_for_by_its_version(nodes) -> None:
+    """`comfy_api.latest` may change with any release of the host; a numbered version stays."""
+    from comfy_api.version_list import supported_versions
+
+    asked = {
+        found
+        for path in [PACK / "__init__.py", *(PACK / "nodes").glob("*.py")]
+        for found in re.findall(r"comfy_api\.(\w+)", path.read_text(encoding="utf-8"))
+    }
+    assert asked == {"v0_0_2"} <= {api.__module__.split(".")[1] for api in supported_versions}
+
+
 def numbers(nodes) -> list[tuple]:
-    from comfy_api.latest import io
+    from comfy_api.v0_0_2 import io
 
     return [
         (node, item)
