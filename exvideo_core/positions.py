@@ -89,6 +89,8 @@ def blended_table(table: torch.Tensor, frames: int, mode: PositionMode, strength
     Returns:
         [T, C]: strength x trained + (1 - strength) x sinusoidal.
     """
+    if strength == 0.0:  # the base, which has no trained length
+        return sinusoidal(torch.arange(frames), table.shape[1]).to(table.device)
     trained = table_for(table, frames, mode)
     if strength == 1.0:
         return trained

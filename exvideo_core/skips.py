@@ -131,6 +131,10 @@ class Joined:
     def _fetch(self, start: int, end: int) -> list[tuple[torch.Tensor, torch.cuda.Event | None]]:
         return [part.fetch(start, end) if isinstance(part, Skip) else (part[start:end], None) for part in self._parts]
 
+    def whole(self) -> torch.Tensor:
+        """All of it [N, C, H, W], channels last."""
+        return next(self.chunks([(0, self.shape[0])]))
+
     def release(self) -> None:
         """Let go of the tensors: the host still holds this object while the block that has read it goes on."""
         self._parts.clear()

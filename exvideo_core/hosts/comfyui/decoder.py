@@ -104,7 +104,7 @@ def _decode_within(
 
 def _decode(decoder: VideoDecoder, z: torch.Tensor, most: float, buffers: HostBuffers) -> torch.Tensor:
     """`Decoder.forward` of the host, for a decoder of `VideoResBlock`s. z: [T, 4, H, W] -> [T, 3, 8 H, 8 W]."""
-    first = functional.conv2d(z, *Resident(z)(decoder.conv_in), padding=1)
+    first = Resident(z).conv2d(decoder.conv_in, z)
     x = FrameMaps.of(first.contiguous(memory_format=torch.channels_last), len(z))
     del first
     x = _block(decoder.mid.block_1, x, most, buffers)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention, FeedForward, optimized_attention
+from comfy.ldm.modules import attention as host_attention
+from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention, FeedForward
 from torch.nn import functional
 
+from .hooked import is_sum_of_its_parts
 from .resident import Resident
 
-#: Patches of a user that read or change what the layers of a transformer block hand to each other.
-_BLOCK_PATCHES = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
-_REPLACED = ("attn1", "attn2")
 #: Tokens of one pass of a feed-forward layer on a CPU: what lies between its two products stays in the caches.
 _FEED_FORWARD_TOKENS = 1024
 
@@ -30,45 +28,34 @@ def adopt(module: torch.nn.Module, base: torch.nn.Module) -> None:
         module.add_module(name, child)
 
 
-def has_block_patches(options: Mapping[str, Any]) -> bool:
-    """Whether a user's patches have to see the whole of a block's tensors, as the host hands them out."""
-    patches, replaced = options.get("patches", {}), options.get("patches_replace", {})
-    return any(patches.get(name) for name in _BLOCK_PATCHES) or any(replaced.get(name) for name in _REPLACED)
-
-
-def layer_norm(x: torch.Tensor, module: torch.nn.LayerNorm, weights: Resident) -> torch.Tensor:
-    return functional.layer_norm(x, module.normalized_shape, *weights(module), module.eps)
-
-
 def add_feed_forward(
     x: torch.Tensor, norm: torch.nn.LayerNorm, feed_forward: FeedForward, weights: Resident, residual: bool
 ) -> None:
     """x += net(norm(x)), or x = net(norm(x)), in place. x: contiguous [..., C]."""
     tokens = x.view(-1, x.shape[-1])
+    if not is_sum_of_its_parts(feed_forward):
+        changed = feed_forward(weights.layer_norm(norm, x))
+        x.copy_(x + changed if residual else changed)
+        return
     gated, out = feed_forward.net[0], feed_forward.net[2]
-    weight, bias = weights(gated.proj)
-    narrow = weights(out)
-    # Two products of half the width: each result lies in one piece, which pointwise kernels read twice as fast.
-    value_weight, gate_weight = weight.chunk(2)
-    value_bias, gate_bias = (None, None) if bias is None else bias.chunk(2)
+    fused = is_sum_of_its_parts(gated) and weights.owns(gated.proj)
+    if fused:
+        # Two products of half the width: each result lies in one piece, which pointwise kernels read twice as fast.
+        weight, bias = weights(gated.proj)
+        value_weight, gate_weight = weight.chunk(2)
+        value_bias, gate_bias = (None, None) if bias is None else bias.chunk(2)
     size = _FEED_FORWARD_TOKENS if x.device.type == "cpu" else len(tokens)
     for part in tokens.split(size):
-        normed = layer_norm(part, norm, weights)
-        hidden = functional.gelu(functional.linear(normed, gate_weight, gate_bias))
-        hidden.mul_(functional.linear(normed, value_weight, value_bias))
-        if residual:
-            part.add_(functional.linear(hidden, *narrow))
+        normed = weights.layer_norm(norm, part)
+        if fused:
+            hidden = functional.gelu(functional.linear(normed, gate_weight, gate_bias))
+            hidden.mul_(functional.linear(normed, value_weight, value_bias))
         else:
-            linear_into(part, hidden, *narrow)
-
-
-def linear_into(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """A linear layer of x [..., C] whose result goes where it is wanted, out: contiguous [..., C']."""
-    rows, result = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-    if bias is None:
-        torch.mm(rows, weight.T, out=result)
-    else:
-        torch.addmm(bias, rows, weight.T, out=result)
+            hidden = gated(normed)
+        if residual:
+            part.add_(weights.linear(out, hidden))
+        else:
+            weights.linear_into(part, out, hidden)
 
 
 def _attend(
@@ -80,13 +67,18 @@ def _attend(
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention, and `shift` [C] added to its result."""
-    q = functional.linear(query, *weights(attention.to_q))
-    k = functional.linear(context, *weights(attention.to_k))
-    v = functional.linear(context, *weights(attention.to_v))
+    if not is_sum_of_its_parts(attention):
+        out = attention(query, context=context, transformer_options=options)
+        return out if shift is None else out + shift
+    q = weights.linear(attention.to_q, query)
+    k = weights.linear(attention.to_k, context)
+    v = weights.linear(attention.to_v, context)
     precision = attention.attn_precision
-    out = optimized_attention(q, k, v, attention.heads, attn_precision=precision, transformer_options=options)
-    weight, bias = weights(attention.to_out[0])
-    return functional.linear(out, weight, bias if shift is None else shift if bias is None else bias + shift)
+    # Looked up at every call: other packs put their own kernels there.
+    out = host_attention.optimized_attention(
+        q, k, v, attention.heads, attn_precision=precision, transformer_options=options
+    )
+    return weights.linear(attention.to_out[0], out, shift)
 
 
 def transformer_block(
@@ -105,25 +97,35 @@ def transformer_block(
         x: contiguous sequences [N, L, C].
         context: [N, S, D], or [1, S, D] for all.
     """
+    if not is_sum_of_its_parts(block):
+        x.copy_(block(x, context=context.expand(x.shape[0], -1, -1), transformer_options=options))
+        return
     if block.ff_in:
         add_feed_forward(x, block.norm_in, block.ff_in, weights, residual=block.is_res)
     crossed: torch.Tensor | None = None
-    if block.attn2 is not None and context.shape[1] == 1 and "optimized_attention_override" not in options:
-        value = functional.linear(context, *weights(block.attn2.to_v))
-        crossed = functional.linear(value, *weights(block.attn2.to_out[0]))
-    normed = layer_norm(x, block.norm1, weights)
+    cross = block.attn2
+    if (
+        cross is not None
+        and context.shape[1] == 1
+        and "optimized_attention_override" not in options
+        and is_sum_of_its_parts(cross)
+    ):
+        crossed = weights.linear(cross.to_out[0], weights.linear(cross.to_v, context))
+    normed = weights.layer_norm(block.norm1, x)
     alike = crossed is not None and len(crossed) == 1
     x.add_(_attend(normed, normed, block.attn1, weights, options, crossed.flatten() if alike else None))
     if crossed is not None and not alike:
         x.add_(crossed)
-    elif block.attn2 is not None and crossed is None:
+    elif cross is not None and crossed is None:
         spread = context.expand(x.shape[0], -1, -1)
-        x.add_(_attend(layer_norm(x, block.norm2, weights), spread, block.attn2, weights, options))
+        x.add_(_attend(weights.layer_norm(block.norm2, x), spread, cross, weights, options))
     add_feed_forward(x, block.norm3, block.ff, weights, residual=block.is_res)
 
 
 def picture_norm(x: torch.Tensor, norm: torch.nn.GroupNorm, weights: Resident) -> torch.Tensor:
     """Group norm of single frames, channels last [N, C, H, W]."""
+    if not weights.owns(norm):
+        return norm(x)
     if x.dtype == torch.float32:
         if x.shape[2] * x.shape[3] == 1:
             # A small model's groups of one value have no spread, and PyTorch's CPU kernel for channels-last tensors

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample,
 
 from ... import chunks
 from ...skips import HostBuffers, Skip
+from .block_patches import Reach, ask_for_conditions, reach_of
 from .pinned import buffers_for
 from .resblock import BoundedDownsample, BoundedResBlock, BoundedUpsample
 from .wrapping import wrap
@@ -29,6 +31,11 @@ _BOUNDED = {VideoResBlock: BoundedResBlock, Upsample: BoundedUpsample, Downsampl
 #: Full-size maps of the UNet's first width that a call holds at its widest place, the first block of the last level:
 #: its input of twice the width, its output, and, unless they wait in host memory, three skip tensors.
 _MAPS, _SKIP_MAPS = 3, 3
+#: What more is held where somebody else reads skip tensors: they are joined at once, twice the first width.
+_JOINED_MAPS = 2
+#: And where a transformer block is not computed in chunks: the host's feed-forward holds up to 17 times its input,
+#: beside the input, its norm and the result.
+_BLOCK_MAPS = 20
 #: Chunk-sized intermediates that are alive at once.
 _CHUNKS = 4
 #: Sizes of chunks in MiB, up to cards of so many GiB. Large chunks are fewer kernels to launch, which fast cards wait
@@ -61,16 +68,27 @@ class MemorySettings:
         total = comfy.model_management.get_total_memory(device) / 2**30
         return next(size for most, size in _CHUNKS_OF_CARDS if total <= most) * chunks.MEGABYTE
 
-    def needed(self, shape: Sequence[int], channels: int, itemsize: int, device: torch.device) -> float:
-        """Bytes that one condition's call needs on a device beside the weights.
+    def needed(
+        self,
+        shape: Sequence[int],
+        channels: int,
+        itemsize: int,
+        device: torch.device,
+        skips_seen: bool = False,
+        blocks_seen: bool = False,
+    ) -> float:
+        """Bytes that a call needs on a device beside the weights.
 
         Args:
-            shape: of the latents [T, C, H, W].
+            shape: of the latents [N, C, H, W], N being the frames of all conditions in the call.
             channels: of the UNet's first level.
             itemsize: bytes of a number.
+            skips_seen: somebody else reads the skip tensors, which are then neither offloaded nor read in chunks.
+            blocks_seen: a patch of the user has to see the whole of each transformer block.
         """
         area = shape[0] * math.prod(shape[2:]) * channels * itemsize
-        maps = _MAPS + (0 if self.offload_skips else _SKIP_MAPS)
+        maps = _MAPS + (0 if self.offload_skips and not skips_seen else _SKIP_MAPS)
+        maps += _JOINED_MAPS * skips_seen + _BLOCK_MAPS * blocks_seen
         return area * maps * 1.1 + self.chunk_bytes(device) * _CHUNKS
 
 
@@ -141,11 +159,21 @@ class _Estimate:
     ) -> Any:  # noqa: ANN401
         """Makes room for the calls of a sampling."""
         device = model.load_device
-        alone = math.prod(noise_shape[2:]) * noise_shape[0] > _shared_pixels(device)
+        options = _transformer_options(rest, named)
+        blocks_seen = reach_of(options) is Reach.ALL
+        skips_seen = _output_is_patched(options) or _has_control(rest, named)
+        alone = not ask_for_conditions(options) and _pixels(noise_shape) > _shared_pixels(device)
 
         def required(input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG001, ANN401
-            return self.settings.needed(noise_shape if alone else input_shape, self.channels, self.itemsize, device)
+            shape = noise_shape if alone else input_shape
+            return self.settings.needed(shape, self.channels, self.itemsize, device, skips_seen, blocks_seen)
 
+        if blocks_seen:
+            logging.info(
+                "A patch of another node has to see whole transformer blocks, so that they are not computed in chunks: "
+                "a call needs about %.1f GB.",
+                required(noise_shape) / 2**30,
+            )
         with _answering(model.model, required):
             return executor(model, noise_shape, *rest, **named)
 
@@ -155,18 +183,35 @@ class _Estimate:
         model: comfy.model_base.BaseModel,
         conds: Any,  # noqa: ANN401
         x: torch.Tensor,
-        *rest: Any,  # noqa: ANN401
-        **named: Any,  # noqa: ANN401
+        timestep: torch.Tensor,
+        model_options: dict[str, Any],
     ) -> Any:  # noqa: ANN401
-        """Conditions share a batch where that is faster, whatever memory is free: it changes the rounding."""
-        most = 2 * _shared_pixels(x.device)
+        """Conditions share a batch where that is faster or needed, whatever memory is free: it changes the rounding."""
+        together = ask_for_conditions(model_options.get("transformer_options", {}))
+        most = math.inf if together else 2 * _shared_pixels(x.device)
 
         def required(input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG001, ANN401
             # A single condition that is refused here runs alone all the same.
-            return math.inf if math.prod(input_shape[2:]) * input_shape[0] > most else 0.0
+            return math.inf if _pixels(input_shape) > most else 0.0
 
         with _answering(model, required):
-            return executor(model, conds, x, *rest, **named)
+            return executor(model, conds, x, timestep, model_options)
+
+
+def _transformer_options(rest: Sequence[Any], named: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the arguments behind the noise's shape: conditions and model options."""
+    options = named.get("model_options", rest[1] if len(rest) > 1 else None) or {}
+    return options.get("transformer_options", {})
+
+
+def _has_control(rest: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    conds = named.get("conds", rest[0] if rest else None) or {}
+    return any("control" in cond for group in conds.values() for cond in group)
+
+
+def _pixels(shape: Sequence[int]) -> int:
+    """Latent pixels of all frames [N, C, H, W]."""
+    return math.prod(shape[2:]) * shape[0]
 
 
 def _shared_pixels(device: torch.device) -> int:
@@ -225,7 +270,8 @@ def _call(settings: MemorySettings, skips: _OffloadedSkips) -> Callable[..., Any
         **rest: Any,  # noqa: ANN401 - passed on
     ) -> torch.Tensor:
         options = transformer_options
-        if control is None and _reads_no_skips(executor.class_obj, options):
+        with_gradients = torch.is_grad_enabled()
+        if control is None and not with_gradients and _reads_no_skips(executor.class_obj, options):
             buffers = skips.begin_call(x.device) if settings.offload_skips else None
             options = {**options, "patches": _with_skips(options.get("patches", {}), buffers)}
         with chunks.use(chunks.Budget(settings.chunk_bytes(x.device))):
@@ -236,9 +282,14 @@ def _call(settings: MemorySettings, skips: _OffloadedSkips) -> Callable[..., Any
 
 def _reads_no_skips(unet: torch.nn.Module, options: dict[str, Any]) -> bool:
     """Whether nothing but our own layers gets to see skip tensors, and what they are joined to."""
+    return not _output_is_patched(options) and all(
+        isinstance(block[0], BoundedResBlock) for block in unet.output_blocks
+    )
+
+
+def _output_is_patched(options: Mapping[str, Any]) -> bool:
     patches = options.get("patches", {})
-    foreign = patches.get("output_block_patch") or patches.get("forward_timestep_embed_patch")
-    return not foreign and all(isinstance(block[0], BoundedResBlock) for block in unet.output_blocks)
+    return bool(patches.get("output_block_patch") or patches.get("forward_timestep_embed_patch"))
 
 
 def _with_skips(patches: dict[str, Any], buffers: HostBuffers | None) -> dict[str, Any]:

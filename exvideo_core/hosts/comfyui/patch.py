@@ -3,10 +3,10 @@
 How the weights get in, and why so:
 
 * The 480 tensors that base and extension share go in as weight patches, `(1 - s) W + s E`: the entry that the
-  host's own model merging makes. They stand first in each weight's list, so LoRAs add to the extension
-  whether they were applied before or after it, and hooks, partial loading and the memory accounting treat them
-  like any LoRA. Replacing the modules instead would move one weight rather than two where a layer is streamed
-  from RAM, but LoRAs and hooks would miss the new modules, and the dynamic patcher (0.33 on CUDA) restores
+  host's own model merging makes. Hooks, partial loading and the memory accounting treat them like any LoRA. In each
+  weight's list they stand behind merges, which make up the base, and in front of LoRAs, which add to the extension
+  (`merges`). Replacing the modules instead would move one weight rather than two where a layer is streamed from RAM,
+  but LoRAs and hooks would miss the new modules, and the dynamic patcher (0.33 on CUDA) restores
   small weights *by name*: with two modules of one name it would write one's weights into the other.
 * The position table and the convolution are new. The 16 transformers are exchanged by object patches for
   `ExtendedVideoTransformer`s, which share every submodule of their base and add the convolution. Its module is made
@@ -38,6 +38,7 @@ from ...choices import PositionMode
 from ...extension import Extension
 from ...temporal import identity_convolution
 from .memory import MemorySettings, bounded_layers, configure, original
+from .merges import PatchOrder
 from .preview import play_while_sampling
 from .transformer import ExtendedVideoTransformer
 from .wrapping import check_svd
@@ -84,9 +85,6 @@ def apply_extension(
             "checkpoint's model to ExVideo Apply directly."
         )
     patched = model.clone()
-    if strength == 0.0:
-        return patched
-
     applied = AppliedExtension(extension.name, extension.frames, strength, positions)
     layers = _extended(patched, transformers, extension, applied)
     for path, layer in (layers | bounded_layers(patched)).items():
@@ -97,8 +95,8 @@ def apply_extension(
         for name, tensor in weights.shared.items()
     }
     patched.add_patches(weight_patches, strength_patch=strength, strength_model=1.0 - strength)
-    for key in weight_patches:
-        patched.patches[key].insert(0, patched.patches[key].pop())
+    order = PatchOrder(extension.name, weight_patches)
+    order.put_in_place(patched)
     for path, weights in zip(transformers, extension.blocks, strict=True):
         # Not by `add_patches`, which knows the weights of the unpatched model only.
         for name, tensor in (("weight", weights.conv_weight), ("bias", weights.conv_bias)):
@@ -110,6 +108,8 @@ def apply_extension(
     play_while_sampling(patched)
     patched.set_attachments(_ATTACHMENT, applied)
     patched.add_callback_with_key(CallbacksMP.ON_CLONE, _ATTACHMENT, _OwnLayers(extension, applied))
+    patched.add_callback_with_key(CallbacksMP.ON_CLONE, _ATTACHMENT, order)
+    order(model, patched)
     return patched
 
 
@@ -137,7 +137,9 @@ def _extended(
         convolutions = {path: _identity(patcher.model, base.in_channels) for path, base in transformers.items()}
         _convolutions[patcher.model] = convolutions
     return {
-        path: ExtendedVideoTransformer(base, convolutions[path], weights.positions, applied.positions, applied.strength)
+        path: ExtendedVideoTransformer(
+            base, convolutions[path], weights.positions, applied.positions, applied.strength, applied.name
+        )
         for (path, base), weights in zip(transformers.items(), extension.blocks, strict=True)
     }
 

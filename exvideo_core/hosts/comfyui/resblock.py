@@ -17,6 +17,7 @@ from torch.nn import functional
 from ... import chunks
 from ...frame_maps import FrameMaps
 from ...skips import Joined
+from .hooked import is_sum_of_its_parts
 from .layers import Moments, adopt, normalized, picture_norm
 from .resident import Resident
 
@@ -55,7 +56,7 @@ class Enlarged:
     def chunks(self, spans: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         for part in self._x.chunks(spans):
             large = functional.interpolate(part, size=self._size, mode="nearest")
-            yield functional.conv2d(large, *self._weights(self._conv), padding=1)
+            yield self._weights.conv2d(self._conv, large)
 
 
 def frames_residual(
@@ -80,19 +81,23 @@ def frames_residual(
     widest = max(channels, second[1].out_channels)
     spans = chunks.spans(count, height * width * 3 * widest * x.dtype.itemsize)
     (_, conv), (_, last) = first, second
-    before, bias = weights(conv)[1], weights(last)[1]
-    if shift is not None:  # a convolution's bias is a pass of its own on a GPU: added to what is added anyway
-        shift, before = (shift + before)[:, :, None, None], None
-    if shortcut is not None:
+    # A convolution's bias is a pass of its own on a GPU: added to what is added anyway.
+    before, bias = weights.bias_of(conv), weights.bias_of(last)
+    if shift is not None:
+        shift, before = _sum(shift, before)[:, :, None, None], None
+    fused = shortcut is not None and weights.owns(shortcut)
+    if fused:
         weight, own = weights(shortcut)
-        weight, own, bias = weight.flatten(1), own + bias, None
+        weight, own, bias = weight.flatten(1), _sum(own, bias), None
     for (start, end), part in zip(spans, x.chunks(spans), strict=True):
         hidden = _activated_convolution(part, *first, before, weights)
         if shift is not None:
             hidden.add_(shift[start:end])
         hidden = _activated_convolution(hidden, *second, bias, weights)
-        if shortcut is not None:
+        if fused:
             part = functional.linear(part.permute(0, 2, 3, 1), weight, own).permute(0, 3, 1, 2)
+        elif shortcut is not None:
+            part = shortcut(part)
         place = out.frames(start, end, read=False)
         torch.add(hidden, part, out=place.permute(0, 3, 1, 2))
         out.store_frames(start, end, place)
@@ -102,7 +107,13 @@ def _activated_convolution(
     x: torch.Tensor, norm: torch.nn.GroupNorm, conv: torch.nn.Conv2d, bias: torch.Tensor | None, weights: Resident
 ) -> torch.Tensor:
     active = functional.silu(picture_norm(x, norm, weights), inplace=True)
-    return functional.conv2d(active, weights(conv)[0], bias, padding=1)
+    if bias is not None:
+        return weights.conv2d(conv, active)
+    return weights.without_bias(conv, active)
+
+
+def _sum(first: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
+    return first if second is None else first + second
 
 
 def add_time_residual(
@@ -131,13 +142,13 @@ def add_time_residual(
     moments_in, moments_out = Moments(norm_in.num_groups), Moments(norm_out.num_groups)
     for start, end in chunks.spans(height, count * width * channels * 4):
         moments_in.add(x.rows(start, end).flatten(2, 3))
-    weight, bias = weights(conv_in)
+    bias = weights.bias_of(conv_in)
     if shift is not None:
-        shift, bias = (shift + bias).unflatten(0, (-1, frames))[:, :, None], None
+        shift, bias = _sum(shift, bias).unflatten(0, (-1, frames))[:, :, None], None
 
     def first_half(rows: torch.Tensor) -> torch.Tensor:
         active = normalized(rows.flatten(2, 3), moments_in, norm_in, weights)
-        changed = _along_time(functional.silu(active, inplace=True), weight, bias)
+        changed = _along_time(functional.silu(active, inplace=True), conv_in, bias, weights)
         return changed if shift is None else changed.add_(shift)
 
     kept = (count // frames, frames, height, width, channels)
@@ -152,15 +163,18 @@ def add_time_residual(
         rows = x.rows(start, end)
         part = first_half(rows) if hidden is None else hidden[:, :, start:end].flatten(2, 3)
         active = normalized(part, moments_out, norm_out, weights)
-        changed = _along_time(functional.silu(active, inplace=True), *weights(conv_out))
+        changed = _along_time(functional.silu(active, inplace=True), conv_out, weights.bias_of(conv_out), weights)
         pixels = rows.flatten(2, 3)
         torch.addcmul(pixels, changed, share, out=pixels)
         x.store_rows(start, end, rows)
 
 
-def _along_time(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _along_time(x: torch.Tensor, conv: torch.nn.Conv3d, bias: torch.Tensor | None, weights: Resident) -> torch.Tensor:
     """A 3x1x1 convolution, zeros beyond the ends. x: [B, T, P, C] -> [B, T, P, C']."""
-    return functional.conv2d(x.permute(0, 3, 1, 2), weight.squeeze(-1), bias, padding=(1, 0)).permute(0, 2, 3, 1)
+    if not weights.owns(conv):
+        return conv(x.permute(0, 3, 1, 2)[..., None])[..., 0].permute(0, 2, 3, 1)
+    weight = weights(conv)[0].squeeze(-1)
+    return functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(1, 0)).permute(0, 2, 3, 1)
 
 
 class BoundedResBlock(VideoResBlock):
@@ -178,10 +192,13 @@ class BoundedResBlock(VideoResBlock):
     ) -> torch.Tensor:
         """x [B*T, C, H, W], emb [B*T, E] -> [B*T, C', H, W], channels last."""
         weights = Resident(emb)
+        if torch.is_grad_enabled() or not self._in_parts(weights):
+            whole = x.whole() if isinstance(x, Joined) else x
+            return super().forward(whole, emb, num_video_frames, image_only_indicator)
         active = functional.silu(emb)
         (norm_in, _, conv_in), (norm_out, _, _, conv_out) = self.in_layers, self.out_layers
         shortcut = None if isinstance(self.skip_connection, torch.nn.Identity) else self.skip_connection
-        shift = functional.linear(active, *weights(self.emb_layers[1]))
+        shift = weights.linear(self.emb_layers[1], active)
         joined = x if isinstance(x, Joined) else Joined([x])
         out = _channels_last((x.shape[0], self.out_channels, *x.shape[2:]), joined)
         maps = FrameMaps.of(out, num_video_frames)
@@ -190,9 +207,14 @@ class BoundedResBlock(VideoResBlock):
             joined.release()
         share = (1.0 - self.time_mixer.get_alpha(image_only_indicator, out.device)).to(out.dtype)
         share = share.squeeze(1) if share.ndim == 5 else share  # [B, 1, T, 1, 1] -> [B, T, 1, 1]
-        shift = functional.linear(active, *weights(self.time_stack.emb_layers[1]))
+        shift = weights.linear(self.time_stack.emb_layers[1], active)
         add_time_residual(maps, self.time_stack, shift, share, weights)
         return out
+
+    def _in_parts(self, weights: Resident) -> bool:
+        """Whether the block may be computed in parts: norms along time have to see all of a clip."""
+        stack = self.time_stack
+        return is_sum_of_its_parts(stack) and weights.owns(stack.in_layers[0]) and weights.owns(stack.out_layers[0])
 
 
 class BoundedUpsample(Upsample):
@@ -203,6 +225,8 @@ class BoundedUpsample(Upsample):
 
     def forward(self, x: torch.Tensor, output_shape: torch.Size | None = None) -> torch.Tensor:
         """x [N, C, H, W] -> [N, C', 2 H, 2 W] or the size of `output_shape`, channels last."""
+        if torch.is_grad_enabled():
+            return super().forward(x, output_shape)
         height, width = x.shape[-2:]
         size = (2 * height, 2 * width) if output_shape is None else (output_shape[-2], output_shape[-1])
         large = Enlarged(Joined([x]), self.conv, size, Resident(x))
@@ -221,10 +245,12 @@ class BoundedDownsample(Downsample):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, C, H, W] -> [N, C', H/2, W/2], channels last."""
+        if torch.is_grad_enabled():
+            return super().forward(x)
         count, channels, height, width = x.shape
         weights = Resident(x)
         out = _channels_last((count, self.out_channels, (height + 1) // 2, (width + 1) // 2), x)
         for start, end in chunks.spans(count, height * width * channels * x.element_size() * 2):
             part = x[start:end].contiguous(memory_format=torch.channels_last)
-            out[start:end] = functional.conv2d(part, *weights(self.op), stride=2, padding=1)
+            out[start:end] = weights.conv2d(self.op, part, stride=2)
         return out
