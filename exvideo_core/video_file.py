@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,23 @@ if TYPE_CHECKING:
 _BT709 = 1  # FFmpeg's number for it, as primaries, transfer and matrix
 
 
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """Frames per second as the fraction that a video file states.
+
+    Television's 23.976, 29.97 and 59.94 are 24, 30 and 60 times 1000/1001, and written so: a player that counts
+    23.976 exactly drifts from sound by a frame in 12 hours.
+
+    Raises:
+        ValueError: fps is not a positive, finite number.
+    """
+    if not math.isfinite(fps) or fps <= 0:
+        raise ValueError(f"fps ({fps}) has to be a positive number.")
+    television = Fraction(round(fps * 1.001) * 1000, 1001)
+    if math.isclose(fps, television, rel_tol=2e-6) and television:
+        return television
+    return Fraction(fps).limit_denominator()
+
+
 class VideoWriter:
     """A video file in the making, as a context: it appears under its name when all frames are in it.
 
@@ -26,21 +45,26 @@ class VideoWriter:
 
     Args:
         path: the file; its suffix has to be the codec's.
-        fps: frames per second.
+        fps: frames per second; see `frame_rate`.
         codec: key of `CODECS`.
         quality: constant rate factor, 0 to 51 (vp9: to 63).
         metadata: texts that the container carries.
 
     Raises:
-        ValueError: frames of another size than the first, or of a size that the codec cannot hold.
+        ValueError: fps is no frame rate; frames of another size than the first, or of one that the codec cannot hold.
     """
 
     def __init__(
-        self, path: Path, fps: int, codec: str = "h264", quality: int = 12, metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        fps: float | Fraction,
+        codec: str = "h264",
+        quality: int = 12,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self._part = path.with_name(f".{path.stem}.part{path.suffix}")
-        self._codec, self._fps, self._quality = CODECS[codec], fps, quality
+        self._codec, self._fps, self._quality = CODECS[codec], frame_rate(fps), quality
         self._metadata = dict(metadata or {})
         self._container: Any = None
         self._stream: av.VideoStream | None = None

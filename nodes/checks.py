@@ -25,7 +25,7 @@ def checked(execute: _Execute) -> _Execute:
     @functools.wraps(execute)
     def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:  # noqa: ANN401 - the node's inputs
         given = inspect.signature(execute).bind(cls, *args, **kwargs).arguments
-        for item in cls.define_schema().inputs:
+        for item in map(widget_of, cls.define_schema().inputs):
             if isinstance(item, io.Int.Input | io.Float.Input) and item.id in given:
                 refuse(outside(item.id, given[item.id], item.min, item.max))
         return execute(cls, *args, **kwargs)
@@ -33,10 +33,21 @@ def checked(execute: _Execute) -> _Execute:
     return run  # type: ignore[return-value] - a function of the same signature
 
 
+def widget_of(item: io.Input) -> io.Input:
+    """The input as its widget has it, with range and default: one that takes several types keeps it inside."""
+    return getattr(item, "input_override", None) or item
+
+
 def outside(name: str, value: float | None, least: float, most: float) -> str | None:
-    """What is wrong with a number, if anything. None as its value means that it comes by link, and is not known yet."""
-    if value is None or (math.isfinite(value) and least <= value <= most):
-        return None
+    """What is wrong with a number, if anything. None as its value means that it comes by link, and is not known yet.
+
+    The host turns a program's text into a number only where an input takes one type: what else comes is refused here.
+    """
+    try:
+        if value is None or (math.isfinite(float(value)) and least <= float(value) <= most):
+            return None
+    except (TypeError, ValueError):
+        pass
     return f"{name} ({value}) has to be from {least} to {most}."
 
 

@@ -10,11 +10,13 @@ import folder_paths
 from comfy_api.v0_0_2 import InputImpl, io, ui
 
 from ..exvideo_core.choices import CODECS, Blend
-from .checks import check_chunks, checked, refuse
+from .checks import check_chunks, checked, outside, refuse
 from .latents import blend_input, decoder_inputs
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
+
+FPS = (1, 240)
 
 
 class ExVideoSaveVideo(io.ComfyNode):
@@ -28,7 +30,18 @@ class ExVideoSaveVideo(io.ComfyNode):
             "never lie in memory together. The pictures are those of ExVideo Decode.",
             inputs=[
                 *decoder_inputs(),
-                io.Int.Input("fps", default=30, min=1, max=240, tooltip="Frames per second of the video."),
+                io.MultiType.Input(
+                    io.Float.Input(
+                        "fps",
+                        default=30,
+                        min=FPS[0],
+                        max=FPS[1],
+                        step=0.001,
+                        tooltip="Frames per second of the video. 23.976, 29.97 and 59.94 are written as the exact "
+                        "rates of television, 24000/1001 and so on.",
+                    ),
+                    [io.Int],
+                ),
                 io.Combo.Input(
                     "codec",
                     options=list(CODECS),
@@ -55,8 +68,10 @@ class ExVideoSaveVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, chunk_frames: int | None = None, overlap_frames: int | None = None) -> bool | str:
-        return check_chunks(chunk_frames, overlap_frames) or True
+    def validate_inputs(
+        cls, chunk_frames: int | None = None, overlap_frames: int | None = None, fps: float | None = None
+    ) -> bool | str:
+        return check_chunks(chunk_frames, overlap_frames) or outside("fps", fps, *FPS) or True
 
     @classmethod
     @checked
@@ -66,7 +81,7 @@ class ExVideoSaveVideo(io.ComfyNode):
         latent: dict[str, Any],
         chunk_frames: int,
         overlap_frames: int,
-        fps: int,
+        fps: float,
         codec: str,
         quality: int,
         filename_prefix: str,
@@ -82,7 +97,7 @@ class ExVideoSaveVideo(io.ComfyNode):
             filename_prefix, folder_paths.get_output_directory(), width, height
         )
         path = Path(folder) / f"{name}_{counter:05}_{CODECS[codec].suffix}"
-        with VideoWriter(path, fps, codec, quality, cls._metadata()) as writer:
+        with VideoWriter(path, float(fps), codec, quality, cls._metadata()) as writer:
             for frames in decoded(vae, samples, chunk_frames, overlap_frames, blend):
                 writer.add((frames * 255).round().clamp(0, 255).byte().cpu().numpy())
         saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)

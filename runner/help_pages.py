@@ -117,6 +117,7 @@ def page(schema: Any, translated: dict[str, Any] | None = None, language: str = 
 
 def _values(item: Any, words: Words) -> Iterator[str]:  # noqa: ANN401 - one of the host's inputs
     """What an input takes."""
+    item = getattr(item, "input_override", None) or item  # of several types, the one that its widget has
     kind = item.io_type
     if kind in ("INT", "FLOAT"):
         yield f"{item.min} {words.to} {item.max}"

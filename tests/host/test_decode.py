@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import comfy.model_management
@@ -151,6 +152,51 @@ def test_no_seam_shows_between_chunks(picture: str) -> None:
     print(f"{picture}: smooth {smooth:.2f}, the reference's {linear:.2f}")
     assert smooth < 1.05
     assert linear > 1.15  # what it would be seen by
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"),
+    [
+        (30, Fraction(30)),
+        (30.0, Fraction(30)),
+        (12.5, Fraction(25, 2)),
+        (23.976, Fraction(24000, 1001)),
+        (24000 / 1001, Fraction(24000, 1001)),
+        (29.97, Fraction(30000, 1001)),
+        (59.94, Fraction(60000, 1001)),
+        (23.98, Fraction(1199, 50)),
+        (0.1 + 0.2, Fraction(3, 10)),
+        (240, Fraction(240)),
+    ],
+)
+def test_a_file_has_the_frame_rate_that_was_asked_for(tmp_path: Path, fps: float, rate: Fraction) -> None:
+    import av
+    import numpy as np
+
+    from exvideo_core.video_file import VideoWriter, frame_rate
+
+    assert frame_rate(fps) == rate
+    clip = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    for name, codec in CODECS.items():
+        path = tmp_path / f"clip{codec.suffix}"
+        with VideoWriter(path, fps, name) as writer:
+            writer.add(clip)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            if codec.suffix == ".mp4":
+                assert stream.average_rate == rate
+            else:  # Matroska counts milliseconds: FFmpeg guesses the rate from them
+                assert float(stream.average_rate) == pytest.approx(float(rate), rel=1e-4)
+            times = [float(frame.pts * stream.time_base) for frame in container.decode(video=0)]
+        assert times == pytest.approx([index / rate for index in range(12)], abs=0.6e-3)
+
+
+@pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0, -1])
+def test_a_file_of_no_frame_rate_is_refused(tmp_path: Path, fps: float) -> None:
+    from exvideo_core.video_file import VideoWriter
+
+    with pytest.raises(ValueError, match=rf"fps \({fps}\) has to be a positive number"):
+        VideoWriter(tmp_path / "clip.mp4", fps)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

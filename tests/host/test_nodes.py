@@ -24,10 +24,17 @@ def nodes():
     return help_pages.load_nodes("a folder-with any name")
 
 
+def widget(item):
+    """An input as its widget has it: one that takes several types keeps range and default inside."""
+    return getattr(item, "input_override", None) or item
+
+
 def describe(node) -> dict:
     schema = node.define_schema()
     return {
-        "inputs": [[i.id, i.io_type, getattr(i, "default", None), bool(i.optional)] for i in schema.inputs],
+        "inputs": [
+            [i.id, i.get_io_type(), getattr(widget(i), "default", None), bool(i.optional)] for i in schema.inputs
+        ],
         "outputs": [[o.io_type, o.display_name] for o in schema.outputs],
         "category": schema.category,
     }
@@ -132,7 +139,7 @@ def numbers(nodes) -> list[tuple]:
     return [
         (node, item)
         for node in nodes
-        for item in node.define_schema().inputs
+        for item in map(widget, node.define_schema().inputs)
         if isinstance(item, io.Int.Input | io.Float.Input)
     ]
 
@@ -141,7 +148,7 @@ def test_a_number_that_comes_by_link_is_checked_when_it_is_there(nodes) -> None:
     found = numbers(nodes)
     assert len(found) >= 25
     for node, item in found:
-        others = {other.id: getattr(other, "default", None) for other in node.define_schema().inputs}
+        others = {other.id: getattr(widget(other), "default", None) for other in node.define_schema().inputs}
         for value in (item.min - 1, item.max + 1, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=re.escape(f"{item.id} ({value}) has to be from {item.min} to")):
                 node.execute(**{**others, item.id: value})
@@ -153,7 +160,7 @@ def test_a_number_that_comes_by_link_is_not_refused_before(nodes) -> None:
         if "validate_inputs" not in vars(node):
             continue
         names = list(inspect.signature(node.validate_inputs).parameters)
-        defaults = {other.id: getattr(other, "default", None) for other in node.define_schema().inputs}
+        defaults = {other.id: getattr(widget(other), "default", None) for other in node.define_schema().inputs}
         for linked in ({item.id}, set(names)):
             assert node.validate_inputs(**{name: None if name in linked else defaults[name] for name in names}) is True
         if item.id in names:
