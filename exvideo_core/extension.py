@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from . import layouts, positions
+from .output_file import begin, discard, explained, finish
 from .safetensors_header import Header, ModelFileError, read_header
 from .temporal import identity_convolution
 
@@ -174,8 +175,9 @@ class Extension:
 
         Raises:
             ValueError: a value is not finite, or too large for the type.
-            OSError: the file cannot be written.
+            OutputFileError: the disk does not take the file.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = self.tensors(dtype)
@@ -184,13 +186,17 @@ class Extension:
                 raise ValueError(
                     f"{name} holds NaN, infinite values, or values too large for {dtype}: not saved. Use a wider type."
                 )
-        part = f"{os.fspath(path)}.part"
+        path = Path(path)
+        part = begin(path)
         try:
-            save_file(tensors, part, metadata={"format": "pt"})
-            os.replace(part, path)
+            with explained(path):
+                try:
+                    save_file(tensors, part, metadata={"format": "pt"})
+                except SafetensorError as error:
+                    raise _disk_error(error) from error
+            finish(part, path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(part)
+            discard(part)
 
     def check_fits(self, widths: Sequence[int], context_dim: int) -> None:
         """Check that the blocks fit a model.
@@ -209,6 +215,16 @@ class Extension:
                 f"embedding of {self.context_dim}, the model's are {theirs} wide and read {context_dim}. Load the SVD "
                 "checkpoint that the extension was trained on."
             )
+
+
+def _disk_error(error: Exception) -> Exception:
+    """What the system said when the library could not write a file: it passes that on as text only."""
+    number = re.search(r"(?:os error|code:) (\d+)", str(error))
+    if number is None:
+        return error
+    if os.name == "nt":  # the number is Windows' own there, from which Python finds the other
+        return OSError(0, str(error), None, int(number[1]))
+    return OSError(int(number[1]), str(error))
 
 
 def _canonical_names(path: str | os.PathLike[str], header: Header) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .choices import CODECS
+from .output_file import begin, discard, explained, finish
 
 if TYPE_CHECKING:
     import av
@@ -52,6 +53,7 @@ class VideoWriter:
 
     Raises:
         ValueError: fps is no frame rate; frames of another size than the first, or of one that the codec cannot hold.
+        OutputFileError: the disk does not take the file. What can be known of it before is said on entering the block.
     """
 
     def __init__(
@@ -63,7 +65,6 @@ class VideoWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        self._part = path.with_name(f".{path.stem}.part{path.suffix}")
         self._codec, self._fps, self._quality = CODECS[codec], frame_rate(fps), quality
         self._metadata = dict(metadata or {})
         self._container: Any = None
@@ -73,10 +74,15 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         import av
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         options = {"movflags": "use_metadata_tags+faststart"} if self.path.suffix == ".mp4" else {}
-        self._container = av.open(str(self._part), "w", container_options=options)
-        self._container.metadata.update(self._metadata)
+        self._part = begin(self.path)
+        try:
+            with explained(self.path):
+                self._container = av.open(str(self._part), "w", container_options=options)
+            self._container.metadata.update(self._metadata)
+        except BaseException:
+            discard(self._part)
+            raise
         return self
 
     def add(self, frames: np.ndarray) -> None:
@@ -93,7 +99,8 @@ class VideoWriter:
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if self._codec.pixel_format.startswith("yuv"):
                 frame = frame.reformat(format=self._codec.pixel_format, dst_colorspace=Colorspace.ITU709)
-            self._container.mux(self._stream.encode(frame))
+            with explained(self.path):
+                self._container.mux(self._stream.encode(frame))
 
     def _begin(self, height: int, width: int) -> None:
         if self._codec.pixel_format == "yuv420p" and (height % 2 or width % 2):
@@ -113,11 +120,15 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        whole = kind is None and self._stream is not None
         try:
-            if kind is None and self._stream is not None:
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if kind is None and self._stream is not None:
-                os.replace(self._part, self.path)
+            # After an error the end may fail too, of which nobody has to hear.
+            with explained(self.path) if whole else contextlib.suppress(Exception):
+                if whole:
+                    self._container.mux(self._stream.encode())
+                self._container.close()
+            if whole:
+                finish(self._part, self.path)
         finally:
-            self._part.unlink(missing_ok=True)
+            self._container = self._stream = None  # what could not be closed lets go of the file now
+            discard(self._part)

@@ -88,14 +88,15 @@ class ExVideoSaveVideo(io.ComfyNode):
         blend: Blend = "smooth",
     ) -> io.NodeOutput:
         from ..exvideo_core.hosts.comfyui.pixels import decoded
+        from ..exvideo_core.output_file import explained
         from ..exvideo_core.video_file import VideoWriter
 
         refuse(check_chunks(chunk_frames, overlap_frames))
         samples = latent["samples"]
         height, width = samples.shape[-2] * 8, samples.shape[-1] * 8
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), width, height
-        )
+        root = folder_paths.get_output_directory()
+        with explained(Path(root, filename_prefix)):
+            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root, width, height)
         path = Path(folder) / f"{name}_{counter:05}_{CODECS[codec].suffix}"
         with VideoWriter(path, float(fps), codec, quality, cls._metadata()) as writer:
             for frames in decoded(vae, samples, chunk_frames, overlap_frames, blend):
