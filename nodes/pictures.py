@@ -83,7 +83,7 @@ class ExVideoRecord(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="A clone that records; the input stays as it was."),
                 RecordingSocket.Output(
                     display_name="recording",
-                    tooltip="For ExVideo Contact Sheet: the sampler's last run with this model.",
+                    tooltip="For ExVideo Contact Sheet: the sampler's runs with this model.",
                 ),
             ],
         )

@@ -29,9 +29,9 @@ def model(loaded):
     return apply_extension(loaded[0], loaded[2])
 
 
-def sample(model, frames: int = FRAMES, steps: int = STEPS) -> torch.Tensor:
+def sample(model, frames: int = FRAMES, steps: int = STEPS, seed: int = 0) -> torch.Tensor:
     latent = torch.zeros(frames, 4, 8, 8)
-    noise = comfy.sample.prepare_noise(latent, 0)
+    noise = comfy.sample.prepare_noise(latent, seed)
     generator = torch.Generator().manual_seed(0)
     conditioning = [[torch.randn(1, 1, 64, generator=generator),
                      {"motion_bucket_id": 127, "fps": 30, "augmentation_level": 0.0,
@@ -43,25 +43,38 @@ def test_the_last_recorded_step_is_the_result_and_sampling_stays_the_same(model)
     clone, recording = recorded(model, 3)
     result = sample(clone)
     assert result.equal(sample(model))
-    assert recording.steps == STEPS and list(recording.kept) == [2, 4, 6]
+    run = recording.run_of(result)
+    assert run.steps == STEPS and list(run.kept) == [2, 4, 6]
     # Euler's last step, to no noise, goes all the way to what the model takes the clip to be.
-    assert torch.allclose(recording.kept[STEPS], result, atol=1e-5)
-    early, late = ((recording.kept[step] - result).norm().item() for step in (2, 4))
+    assert torch.allclose(run.kept[STEPS], result, atol=1e-5)
+    early, late = ((run.kept[step] - result).norm().item() for step in (2, 4))
     assert early > late > 0
 
 
-def test_a_further_run_takes_the_place_of_the_last(model) -> None:
+def test_each_clip_keeps_the_run_that_made_it(model) -> None:
+    """The host keeps a sampler's result while the same model samples other clips."""
     clone, recording = recorded(model, 64)
-    sample(clone)
-    assert list(recording.kept) == [1, 2, 3, 4, 5, 6]
-    result = sample(clone, FRAMES - 2, 2)
-    assert list(recording.kept) == [1, 2] and recording.kept[2].shape == result.shape
+    first, second = sample(clone, seed=0), sample(clone, seed=1)
+    shorter = sample(clone, FRAMES - 2, 2)
+    again = sample(recorded(model, 64)[0], seed=0)
+    assert first.equal(again)
+    for result, seed in ((first, 0), (second, 1)):
+        alone, other = recorded(model, 64)
+        sample(alone, seed=seed)
+        found, expected = recording.run_of(result).kept, other.run_of(result).kept
+        assert list(found) == list(expected) == [1, 2, 3, 4, 5, 6]
+        assert all(found[step].equal(expected[step]) for step in expected)
+    assert list(recording.run_of(shorter).kept) == [1, 2]
+    assert recording.run_of(first * 1.2 + 0.1) is recording.run_of(first)
+    with pytest.raises(ValueError, match="no run that made this clip"):
+        recording.run_of(torch.randn(first.shape))
 
 
 def test_windows_are_recorded_as_the_clip_they_make(model) -> None:
     clone, recording = recorded(with_windows(model, Windows(6, 2, "sequential")), 2)
     result = sample(clone, 10, 3)
-    assert torch.allclose(recording.kept[recording.steps], result, atol=1e-5)
+    run = recording.run_of(result)
+    assert torch.allclose(run.kept[run.steps], result, atol=1e-5)
 
 
 def test_a_sheet_shows_the_frames_themselves(loaded, model) -> None:
@@ -98,7 +111,7 @@ def test_a_recording_of_another_clip_is_refused(loaded, model) -> None:
     _, vae, _ = loaded
     clone, recording = recorded(model, 2)
     with pytest.raises(ValueError, match="empty"):
-        sheet(vae, torch.zeros(FRAMES, 4, 8, 8), Recording(2), 3, 64)
+        sheet(vae, torch.zeros(FRAMES, 4, 8, 8), Recording(), 3, 64)
     sample(clone)
     with pytest.raises(ValueError, match="of another size"):
         sheet(vae, torch.zeros(FRAMES + 1, 4, 8, 8), recording, 3, 64)

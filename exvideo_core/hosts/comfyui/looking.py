@@ -55,27 +55,16 @@ def sheet(vae: comfy.sd.VAE, latents: torch.Tensor, recording: Recording | None,
         ValueError: the recording is of another clip, or empty.
     """
     check_latents(latents)
-    if recording is not None:
-        _check_recording(recording, latents)
+    run = None if recording is None else recording.run_of(latents)
     total = len(latents)
     count = min(frames, total)
     chosen = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
-    clips = {f"step {step} of {recording.steps}": clip for step, clip in recording.kept.items()} if recording else {}
+    clips = {f"step {step} of {run.steps}": clip for step, clip in run.kept.items()} if run else {}
     # Most samplers end where the model's last prediction is, which would be shown twice.
-    if recording is None or not torch.allclose(recording.kept[max(recording.kept)], latents.cpu().float(), atol=1e-3):
+    if run is None or not torch.allclose(run.kept[max(run.kept)], latents.cpu().float(), atol=1e-3):
         clips["result"] = latents
     rows = [_pictures(vae, clip, chosen) for clip in clips.values()]
     return contact_sheet(rows, list(clips), [f"frame {index}" for index in chosen], edge)
-
-
-def _check_recording(recording: Recording, latents: torch.Tensor) -> None:
-    shapes = {tuple(clip.shape) for clip in recording.kept.values()}
-    if shapes != {tuple(latents.shape)}:
-        what = f"of a clip of another size ({shapes.pop()})" if shapes else "empty"
-        raise ValueError(
-            f"The recording is {what}, and this clip is {tuple(latents.shape)} (frames, channels, height, width). Give "
-            "the sampler of this clip the model from ExVideo Record Denoising."
-        )
 
 
 def _pictures(vae: comfy.sd.VAE, clip: torch.Tensor, chosen: list[int]) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...windows import fuse_weights, spans
+from .cuts import Caches, Controls, Tile
 from .wrapping import check_svd, room_for, wrap
 
 if TYPE_CHECKING:
@@ -41,12 +42,22 @@ def with_tiles(model: ModelPatcher, tiles: Tiles) -> ModelPatcher:
     """
     check_svd(model)
     patched = model.clone()
-    wrap(patched, WrappersMP.CALC_COND_BATCH, _KEY, _tiled(tiles), first=False)
+    controls, caches = Controls(), Caches()
+
+    def for_a_sampling(executor: Any, *given: Any, **named: Any) -> torch.Tensor:  # noqa: ANN401 - the host's
+        try:
+            return executor(*given, **named)
+        finally:
+            controls.clear()
+            caches.clear()
+
+    wrap(patched, WrappersMP.OUTER_SAMPLE, _KEY, for_a_sampling)
+    wrap(patched, WrappersMP.CALC_COND_BATCH, _KEY, _tiled(tiles, controls, caches), first=False)
     wrap(patched, WrappersMP.PREPARE_SAMPLING, _KEY, room_for(height=tiles.height, width=tiles.width))
     return patched
 
 
-def _tiled(settings: Tiles) -> Callable[..., list[torch.Tensor]]:
+def _tiled(settings: Tiles, controls: Controls, caches: Caches) -> Callable[..., list[torch.Tensor]]:
     """All tiles of a call, blended where they overlap."""
 
     def wrapper(
@@ -65,27 +76,18 @@ def _tiled(settings: Tiles) -> Callable[..., list[torch.Tensor]]:
         for r, row in enumerate(rows):
             for c, column in enumerate(columns):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                area = (..., slice(row[0], row[-1] + 1), slice(column[0], column[-1] + 1))
-                parts = [None if cond is None else [_of_area(each, area, x.shape) for each in cond] for cond in conds]
-                made = executor(model, parts, x[area].contiguous(), timestep, options)
+                tile = Tile(row[0], column[0], len(row), len(column), (x.shape[-2], x.shape[-1]))
+                parts = [
+                    None if cond is None else [own for each in cond if (own := tile.cut(each, controls)) is not None]
+                    for cond in conds
+                ]
+                own_options = caches.of(options, tile, model.model_sampling)
+                made = executor(model, parts, tile.of(x).contiguous(), timestep, own_options)
                 down, across = fuse_weights(rows, r, "overlap-linear"), fuse_weights(columns, c, "overlap-linear")
                 weights = (down[:, None] * across).to(x)
                 for total, result in zip(sums, made, strict=True):
-                    total[area] += result * weights
-                shares[area] += weights
+                    tile.of(total).add_(result * weights)
+                tile.of(shares).add_(weights)
         return [total.div_(shares) for total in sums]
 
     return wrapper
-
-
-def _of_area(cond: dict[str, Any], area: tuple[Any, ...], shape: torch.Size) -> dict[str, Any]:
-    """A condition of a part of the picture."""
-
-    def cut(value: Any) -> Any:  # noqa: ANN401
-        if torch.is_tensor(value) and value.ndim > 2 and value.shape[-2:] == shape[-2:]:
-            return value[area]
-        tensor = getattr(value, "cond", None)
-        return value._copy_with(cut(tensor)) if torch.is_tensor(tensor) else value
-
-    model_conds = {name: cut(value) for name, value in cond.get("model_conds", {}).items()}
-    return {**{name: cut(value) for name, value in cond.items()}, "model_conds": model_conds}

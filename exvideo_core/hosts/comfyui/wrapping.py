@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_base
 from comfy.patcher_extension import WrappersMP
 
+#: The order of our own wrappers of a sampling: what is for all of it stays outside of the windows, which sample each by
+#: itself, and everybody else's wrappers stay inside of them.
+_AROUND_WINDOWS = ("exvideo", "exvideo_preview", "exvideo_recording", "exvideo_windows")
+
 if TYPE_CHECKING:
     import torch
     from comfy.model_patcher import ModelPatcher
@@ -30,9 +34,11 @@ def wrap(patched: ModelPatcher, kind: str, key: str, wrapper: Callable[..., Any]
     """Set or replace a wrapper. First means outermost: what comes after then sees one window of a clip."""
     patched.remove_wrappers_with_key(kind, key)
     patched.add_wrapper_with_key(kind, key, wrapper)
-    if first:
-        others = patched.wrappers[kind]
-        patched.wrappers[kind] = {key: others.pop(key), **others}
+    wrappers = patched.wrappers[kind]
+    front = [each for each in _AROUND_WINDOWS if each in wrappers] if kind == WrappersMP.OUTER_SAMPLE else []
+    if first and not front:
+        front = [key]
+    patched.wrappers[kind] = {each: wrappers[each] for each in dict.fromkeys([*front, *wrappers])}
 
 
 def around_callback(
@@ -60,7 +66,7 @@ def around_callback(
         with around(executor.class_obj.model_patcher, noise, callback) as called:
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, called, *rest, **named)
 
-    wrap(patched, WrappersMP.OUTER_SAMPLE, key, wrapper, first=False)
+    wrap(patched, WrappersMP.OUTER_SAMPLE, key, wrapper)
 
 
 def room_for(frames: int | None = None, height: int | None = None, width: int | None = None) -> Callable[..., Any]:
