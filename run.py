@@ -21,7 +21,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from runner.environment import host_python, own_python
+from runner.environment import UnfitEnvironment, found_python, host_python, own_python
 from runner.hosts import PACK, Host, find_hosts, is_host
 
 TIERS = ("unit", "parity", "post_tuning", "host", "card", "browser", "cuda")
@@ -51,6 +51,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 NO_HOST = (
     "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"
 )
+NONE_USABLE = "no ComfyUI can be run: see the lines on those that were found."
 
 
 def main() -> int:
@@ -93,9 +94,11 @@ def demo(folder: Path | None = None, standalone: bool = False, keep: bool = Fals
     if folder is not None and not is_host(folder):
         print(f"{folder} is no ComfyUI folder (no main.py in it).", file=sys.stderr)
         return 1
-    hosts = [Host(folder.resolve())] if folder is not None else find_hosts()
+    hosts, skipped = usable([Host(folder.resolve())] if folder is not None else find_hosts())
+    if folder is not None and not hosts:
+        return 1
     if standalone or not hosts:
-        why = "as asked" if standalone else NO_HOST
+        why = "as asked" if standalone else _no_host(skipped)
         print(f"ComfyUI is not used ({why}): diffusers makes the video, from the same model.", flush=True)
         return _python(own_python(), "-m", "runner.demo_standalone").returncode
     host = hosts[0]
@@ -109,9 +112,9 @@ def benchmark(name: str | None, arguments: list[str]) -> int:
         return 0
     if name in HOSTLESS_BENCHMARKS:
         return _python(own_python(), "-m", f"benchmarks.{name}", *arguments).returncode
-    hosts = find_hosts()
+    hosts, skipped = usable(find_hosts())
     if not hosts:
-        print(f"bench {name} needs a ComfyUI: {NO_HOST}", file=sys.stderr)
+        print(f"bench {name} needs a ComfyUI: {_no_host(skipped)}", file=sys.stderr)
         return 1
     done = _python(host_python(hosts[0]), "-m", f"benchmarks.{name}", *arguments, host=hosts[0])
     if done.returncode or name not in DRAWN:
@@ -119,29 +122,48 @@ def benchmark(name: str | None, arguments: list[str]) -> int:
     return _python(own_python(), "-m", "benchmarks.plots", name).returncode
 
 
+def usable(hosts: list[Host]) -> tuple[list[Host], list[str]]:
+    """Those of the ComfyUIs that can be started, and a line, which is printed too, for each that cannot."""
+    fit, lines = [], []
+    for host in hosts:
+        try:
+            found_python(host)
+        except UnfitEnvironment as error:
+            lines.append(f"SKIPPED ComfyUI {host.version} ({host.path}): {error}")
+            print(lines[-1], file=sys.stderr, flush=True)
+        else:
+            fit.append(host)
+    return fit, lines
+
+
+def _no_host(skipped: list[str]) -> str:
+    """Why there is no ComfyUI to use."""
+    return NONE_USABLE if skipped else NO_HOST
+
+
 def write_help(pictures: bool = False) -> int:
-    hosts = find_hosts()
+    hosts, skipped = usable(find_hosts())
     if not hosts:
-        print(f"help needs a ComfyUI, which knows the nodes' inputs: {NO_HOST}", file=sys.stderr)
+        print(f"help needs a ComfyUI, which knows the nodes' inputs: {_no_host(skipped)}", file=sys.stderr)
         return 1
     modules = [*(["runner.help_pictures"] if pictures else []), "runner.help_pages"]
     return max(_python(host_python(hosts[0]), "-m", module, host=hosts[0]).returncode for module in modules)
 
 
 def run_tests(tiers: tuple[str, ...], extra: list[str], every_host: bool = False) -> int:
-    hosts = find_hosts()
-    lines: list[str] = []
+    hosts, skipped = usable(find_hosts())
+    lines = [*skipped]
     if not every_host and len(hosts) > 1:
         older = ", ".join(host.version for host in hosts[1:])
         hosts = hosts[:1]
         lines.append(f"Only on ComfyUI {hosts[0].version}. To test {older} too: python run.py test --all")
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    counts = {"passed": 0, "failed": 0, "skipped": len(skipped)}
     failed = False
     for tier in (tier for tier in TIERS if tier in tiers):
         if tier in HOSTLESS:
             runs = [(tier, own_python, None)]
         elif not hosts:
-            lines.append(f"SKIPPED tier {tier}: {NO_HOST}")
+            lines.append(f"SKIPPED tier {tier}: {_no_host(skipped)}")
             counts["skipped"] += 1
             continue
         elif tier == "browser" and chromium() is None:

@@ -23,12 +23,27 @@ class Host:
         return match.group(1) if match else "unknown"
 
     @property
-    def own_python(self) -> Path | None:
-        """The Python of the install's own environment, where it has one."""
+    def pythons(self) -> list[Path]:
+        """Pythons of the environments that lie with the install: its own first, then those beside its folder.
+
+        One beside it may have been made for another ComfyUI in the same place: see `environment.found_python`.
+        """
         folders = [self.path / ".venv", self.path / "venv", self.path.parent / ".venv", self.path.parent / "venv"]
         candidates = [folder / part for folder in folders for part in ("bin/python", "Scripts/python.exe")]
         candidates.append(self.path.parent / "python_embeded" / "python.exe")
-        return next((python for python in candidates if python.is_file()), None)
+        return [python for python in candidates if python.is_file()]
+
+    @property
+    def requirements(self) -> list[str]:
+        """Packages that the install asks for, as in its requirements.txt, without comments."""
+        lines = (self.path / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        return [found for line in lines if (found := line.split("#")[0].strip())]
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """Packages that the install asks for in one version only, such as its frontend's and its templates'."""
+        found = (re.match(r"([\w.-]+)\s*==\s*([\w.+!-]+)$", line) for line in self.requirements)
+        return {match[1]: match[2] for match in found if match}
 
 
 def is_host(path: Path) -> bool:
