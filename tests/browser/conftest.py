@@ -15,14 +15,37 @@ from runner.hosts import PACK, Host
 from runner.server import Server
 
 HOST = Host(Path(os.environ["EXVIDEO_HOST"]))
-#: Where screenshots are kept, one folder for each host.
-SCREENSHOTS = Path(os.environ.get("EXVIDEO_SCREENSHOTS", PACK / "output" / "screenshots")) / HOST.version
+#: Where screenshots are kept, one folder for each host and frontend.
+SCREENSHOTS = Path(os.environ.get("EXVIDEO_SCREENSHOTS", PACK / "output" / "screenshots"))
+#: Frontends newer than the host's own, one folder for each version, and the oldest ComfyUI that they are tried on.
+FRONTENDS = Path.home() / "comfy" / "frontends"
+FRONTENDS_HOST = (0, 33)
+
+
+def frontends() -> list[str | None]:
+    """The host's own frontend, which is None, then the versions in FRONTENDS."""
+    found: list[str | None] = [None]
+    if tuple(int(part) for part in HOST.version.split(".")[:2]) >= FRONTENDS_HOST:
+        found += sorted(folder.name for folder in FRONTENDS.glob("*") if static(folder.name).is_dir())
+    return found
+
+
+def static(version: str) -> Path:
+    """What a server gives browsers of a frontend."""
+    return FRONTENDS / version / "comfyui_frontend_package" / "static"
+
+
+@pytest.fixture(scope="session", params=frontends(), ids=lambda version: f"frontend-{version or 'own'}")
+def frontend(request: pytest.FixtureRequest) -> str | None:
+    """The version of a frontend; None for the host's own."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server(frontend: str | None) -> Iterator[Server]:
     """With previews on, the workflows' inputs, and the small model under the names of the published ones."""
-    with Server(HOST, arguments=["--preview-method", "auto"]) as server:
+    root = ["--front-end-root", str(static(frontend))] if frontend else []
+    with Server(HOST, arguments=["--preview-method", "auto", *root]) as server:
         workflow_inputs.give(server)
         yield server
 
@@ -31,6 +54,10 @@ def server() -> Iterator[Server]:
 def browser(server: Server) -> Iterator[Browser]:  # after the server, which cannot start in Playwright's event loop
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=os.environ["EXVIDEO_CHROMIUM"], args=["--no-sandbox"])
+        # A server's first user is greeted by its templates, which lie over the canvas; later ones are not.
+        page = browser.new_page()
+        App(page, SCREENSHOTS).open(server.url)
+        page.close()
         yield browser
         browser.close()
 
@@ -38,8 +65,9 @@ def browser(server: Server) -> Iterator[Browser]:  # after the server, which can
 class App:
     """The frontend in a page, by what users see and do."""
 
-    def __init__(self, page: Page) -> None:
+    def __init__(self, page: Page, screenshots: Path) -> None:
         self.page = page
+        self.screenshots = screenshots
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
@@ -52,8 +80,8 @@ class App:
         self.errors.clear()  # the frontend's own at its start
 
     def shot(self, name: str) -> None:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+        self.screenshots.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=self.screenshots / f"{name}.png")
 
     def templates(self) -> None:
         """Open the template browser at this pack's workflows."""
@@ -126,6 +154,34 @@ class App:
             [kind, widget],
         )
 
+    def insert(self, blueprint: str) -> int:
+        """Find a blueprint by a search on the canvas and put it there; the id of its node."""
+        count, ids = (f"window.app.graph._nodes.{what}" for what in ("length", "map(node => node.id)"))
+        before = self.page.evaluate(ids)
+        for _ in range(6):  # the frontend fetches its blueprints some time after its start
+            self.page.mouse.dblclick(900, 450)
+            self.page.wait_for_timeout(1000)
+            # Before the search has the keyboard, letters are shortcuts: M opens the models.
+            if self.page.evaluate("document.activeElement.tagName === 'INPUT'"):
+                self.page.keyboard.type(blueprint)
+                self.page.wait_for_timeout(2000)
+                if self.page.get_by_text(blueprint, exact=True).count():
+                    self.page.keyboard.press("Enter")
+                    self.page.wait_for_timeout(2000)
+            if self.page.evaluate(count) > len(before):
+                break
+            self.page.keyboard.press("Escape")
+            self.page.wait_for_timeout(2000)
+        self.page.mouse.move(700, 300)
+        self.page.mouse.click(700, 300)  # until then it hangs on the pointer
+        self.page.wait_for_timeout(500)
+        (made,) = set(self.page.evaluate(ids)) - set(before)
+        return made
+
+    def prompt(self) -> dict[str, dict]:
+        """The graph in API format, as the frontend would queue it."""
+        return self.page.evaluate("window.app.graphToPrompt().then(made => made.output)")
+
     def run(self) -> None:
         self.page.get_by_role("button", name="Run", exact=True).first.click()
 
@@ -162,9 +218,10 @@ class App:
 
 
 @pytest.fixture
-def app(browser: Browser, server: Server) -> Iterator[App]:
+def app(browser: Browser, server: Server, frontend: str | None) -> Iterator[App]:
     context = browser.new_context(viewport={"width": 1600, "height": 900})
-    app = App(context.new_page())
+    folder = f"{HOST.version}, frontend {frontend}" if frontend else HOST.version
+    app = App(context.new_page(), SCREENSHOTS / folder)
     app.open(server.url)
     yield app
     context.close()

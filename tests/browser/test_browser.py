@@ -76,52 +76,6 @@ def test_a_nodes_help_page_opens(app) -> None:
     app.shot("help")
 
 
-def test_a_blueprint_is_found_by_search_and_makes_a_video(app, server) -> None:
-    if not (server.host.path / "app" / "subgraph_manager.py").exists():
-        pytest.skip(f"ComfyUI {server.host.version} has no blueprints")
-    app.page.evaluate("window.app.graph.clear()")
-    found = app.page.get_by_text("Image to Long Video (ExVideo)")
-    for _ in range(5):  # the frontend fetches its blueprints some time after its start
-        app.page.mouse.dblclick(900, 450)
-        app.page.wait_for_timeout(1000)
-        app.page.keyboard.type("Image to Long Video")
-        app.page.wait_for_timeout(2000)
-        if found.count():
-            break
-        app.page.keyboard.press("Escape")
-        app.page.wait_for_timeout(2000)
-    app.page.keyboard.press("Enter")
-    app.page.wait_for_function("window.app.graph._nodes.length === 1")
-    app.page.wait_for_timeout(1000)
-    app.page.mouse.move(700, 300)
-    app.page.mouse.click(700, 300)  # until then it hangs on the pointer
-    app.page.wait_for_timeout(500)
-    left, top = app.page.evaluate(
-        """() => {
-            const graph = window.app.graph, [blueprint] = graph._nodes, [left, top] = blueprint.pos
-            const values = {width: 64, height: 64, frames: 24, steps: 2}
-            for (const widget of blueprint.widgets) if (widget.name in values) widget.value = values[widget.name]
-            const [load, save] = ['LoadImage', 'SaveVideo'].map(kind => LiteGraph.createNode(kind))
-            load.pos = [left - 350, top]
-            save.pos = [left + 400, top]
-            graph.add(load)
-            graph.add(save)
-            load.widgets.find(widget => widget.name === 'image').value = 'example.png'
-            load.connect(0, blueprint, 0)
-            blueprint.connect(0, save, 0)
-            return [left, top]
-        }"""
-    )
-    app.look(left - 420, top - 120, 1)
-    app.run()
-    app.page.wait_for_function("document.querySelector('video')?.readyState >= 2", timeout=120_000)
-    size = app.page.evaluate("(v => [v.videoWidth, v.videoHeight, v.duration])(document.querySelector('video'))")
-    assert size[:2] == [64, 64] and abs(size[2] - 24 / 30) < 0.1
-    assert app.toasts() == [] and app.errors == []
-    app.look(left - 420, top - 120, 1)
-    app.shot("blueprint")
-
-
 def test_pictures_show_in_their_nodes(app) -> None:
     app.load_template("exvideo_compare")
     app.set("ExVideoConditioning", frames=48)

@@ -63,10 +63,11 @@ def flattened(path: Path, source: str) -> tuple[dict, dict[str, list]]:
         for entry in node["inputs"]:
             if "widget" in entry:
                 inputs[entry["name"]] = next(values)
-            if entry["link"] is not None:
-                link = links[entry["link"]]
-                origin = link["origin_id"]
-                inputs[entry["name"]] = [source, 0] if origin == -10 else [str(origin), link["origin_slot"]]
+            link = links.get(entry["link"])
+            if link is None or (link["origin_id"] == -10 and "widget" in entry):  # its own, or the blueprint's widget
+                continue
+            origin = link["origin_id"]
+            inputs[entry["name"]] = [source, 0] if origin == -10 else [str(origin), link["origin_slot"]]
         graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     ends = {inner["outputs"][link["target_slot"]]["name"]: [str(link["origin_id"]), link["origin_slot"]]
             for link in inner["links"] if link["target_id"] == -20}  # fmt: skip
