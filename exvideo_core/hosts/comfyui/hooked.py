@@ -45,4 +45,8 @@ def is_sum_of_its_parts(module: torch.nn.Module) -> bool:
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
-    return "forward" in vars(module) or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    # Who replaces a `forward` for a while may put the class's own back, as an attribute.
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward

@@ -1,0 +1,57 @@
+"""Other nodes on an extended model do what they do on the base, again and again, and leave the base as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import svd
+from composition import CASES, Case, sample
+from exvideo_core.extension import Extension
+from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+from exvideo_core.hosts.comfyui.patch import apply_extension
+
+
+class Models:
+    """The base and the extended model, with their results under settings that cases share."""
+
+    def __init__(self, paths) -> None:
+        self.base = load_checkpoint(str(paths[0]))[0]
+        self.extended = apply_extension(self.base, Extension.load(paths[1]))
+        self._plain: dict[tuple, torch.Tensor] = {}
+
+    def plain(self, model, **sampling) -> torch.Tensor:
+        key = id(model), *(tuple(value.shape) if torch.is_tensor(value) else value for value in sampling.values())
+        if key not in self._plain:
+            self._plain[key] = sample(model, **sampling)
+        return self._plain[key]
+
+
+@pytest.fixture(scope="module")
+def models(small_models) -> Models:
+    return Models(small_models)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_it_does_what_it_does_on_the_base(models: Models, case: Case) -> None:
+    # What a case changes is held against the same clip without it.
+    shared = {name: value for name, value in case.sampling.items() if name in ("noise", "latent")}
+    if any(name not in ("noise", "latent") for name in case.sampling) and case.name in _IN_THE_SAMPLER:
+        compared = shared
+    else:
+        compared = case.sampling
+    effects = []
+    for model in (models.base, models.extended):
+        changed = case.apply(model)
+        result = sample(changed, **case.sampling)
+        assert sample(changed, **case.sampling).equal(result), "a second run differs"
+        effects.append(svd.relative_error(result, models.plain(model, **compared)))
+    print(f"{case.name}: {effects[0]:.4f} on the base, {effects[1]:.4f} on the extended model")
+    assert effects[0] > 1e-3, "the case does nothing, and tells nothing"
+    assert effects[0] / case.factor < effects[1] < effects[0] * case.factor
+    for model in (models.base, models.extended):
+        assert sample(model).equal(models.plain(model)), "the model is not as it was"
+
+
+#: Cases whose effect is that of the sampler's arguments.
+_IN_THE_SAMPLER = {case.name for case in CASES if case.apply is Case.apply}
