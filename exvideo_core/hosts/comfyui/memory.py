@@ -249,9 +249,14 @@ class _OffloadedSkips:
         buffers.begin()
         return buffers
 
-    def for_a_sampling(self, executor: Any, *given: Any, **named: Any) -> Any:  # noqa: ANN401 - the host's
+    def for_a_sampling(self, executor: Any, noise: torch.Tensor, *given: Any, **named: Any) -> Any:  # noqa: ANN401
+        if 0 in noise.shape:
+            raise ValueError(
+                f"The latent is empty: its shape is {list(noise.shape)} (frames, channels, height, width). Give the "
+                "sampler a latent of at least 1 frame, such as that of ExVideo Conditioning."
+            )
         try:
-            return executor(*given, **named)
+            return executor(noise, *given, **named)
         finally:
             self._buffers.clear()
 

@@ -1,0 +1,122 @@
+"""Merging and saving: merges make the base, whenever they are made; LoRAs add to the extension; the rest is refused."""
+
+from __future__ import annotations
+
+import comfy.sd
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import random_model
+import svd
+from composition import lora, node
+from exvideo_core.extension import Extension
+from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+from exvideo_core.hosts.comfyui.patch import apply_extension
+
+ROUNDING = 1e-4
+
+
+@pytest.fixture(scope="module")
+def files(small_models, tmp_path_factory):
+    """Two checkpoints."""
+    return small_models[0], random_model.make(tmp_path_factory.mktemp("other"), seed=5)[0]
+
+
+@pytest.fixture(scope="module")
+def bases(files):
+    return [load_checkpoint(str(path))[0] for path in files]
+
+
+@pytest.fixture(scope="module")
+def extension(small_models):
+    return Extension.load(small_models[1])
+
+
+def call(model) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(1, 4, 8, 8, 8, generator=generator)
+    context = torch.randn(1, 1, 64, generator=generator)
+    return svd.call_host(model, sample, 0.5, context, torch.tensor([[29.0, 127.0, 0.02]]))
+
+
+#: Name -> the host's node, its inputs, and the share of each model where the whole UNet has the same.
+MERGES = {
+    "half": ("ModelMergeSimple", {"ratio": 0.5}, (0.5, 0.5)),
+    "all of the second": ("ModelMergeSimple", {"ratio": 0.0}, (0.0, 1.0)),
+    "sum": ("ModelAdd", {}, (1.0, 1.0)),
+    "difference": ("ModelSubtract", {"multiplier": 0.3}, None),
+    "by blocks": ("ModelMergeBlocks", {"input": 0.8, "middle": 0.4, "out": 0.1}, None),
+}
+
+
+def merge(kind: str, first, second):
+    name, inputs, _ = MERGES[kind]
+    found = node("nodes_model_merging", name)
+    return getattr(found(), found.FUNCTION)(first, second, **inputs)[0]
+
+
+def merged_in_a_file(kind: str, files, folder):
+    shares, (first, second) = MERGES[kind][2], (load_file(path) for path in files)
+    merged = {}
+    for name, tensor in first.items():
+        a, b = shares if name.startswith("model.diffusion_model.") else (1.0, 0.0)
+        merged[name] = a * tensor.float() + b * second[name].float()
+    path = folder / "merged.safetensors"
+    with safe_open(files[0], "pt") as file:
+        save_file(merged, path, metadata=file.metadata())
+    return load_checkpoint(str(path))[0]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("kind", ["half", "all of the second", "sum"])
+def test_a_merge_before_or_after_is_the_base_as_from_a_file(bases, files, extension, tmp_path, kind, strength) -> None:
+    expected = call(apply_extension(merged_in_a_file(kind, files, tmp_path), extension, strength))
+    unmerged = call(apply_extension(bases[0], extension, strength))
+    before = call(apply_extension(merge(kind, *bases), extension, strength))
+    after = call(merge(kind, apply_extension(bases[0], extension, strength), bases[1]))
+    assert svd.relative_error(before, expected) < ROUNDING
+    assert after.equal(before)
+    assert svd.relative_error(unmerged, expected) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["by blocks", "difference"])
+def test_other_merges_before_or_after_are_the_same(bases, extension, kind) -> None:
+    before = call(apply_extension(merge(kind, *bases), extension))
+    assert call(merge(kind, apply_extension(bases[0], extension), bases[1])).equal(before)
+    assert svd.relative_error(before, call(apply_extension(bases[0], extension))) > 1e-2
+
+
+def test_loras_add_to_the_extension_around_merges(bases, extension) -> None:
+    def with_lora(model):
+        return comfy.sd.load_lora_for_models(model, None, lora(model), 1.0, 0.0)[0]
+
+    merged = merge("half", *bases)
+    expected = call(with_lora(apply_extension(merged, extension)))
+    assert call(apply_extension(with_lora(merged), extension)).equal(expected)
+    assert call(merge("half", with_lora(apply_extension(bases[0], extension)), bases[1]).clone()).isfinite().all()
+    assert svd.relative_error(expected, call(apply_extension(merged, extension))) > 0.05
+
+
+@pytest.mark.parametrize("cloned", [False, True])
+def test_an_extended_model_is_not_merged_into_another(bases, extension, cloned) -> None:
+    extended = apply_extension(bases[0], extension)
+    extended = extended.clone() if cloned else extended
+    with pytest.raises(ValueError, match="Merge the models that go into ExVideo Apply"):
+        merge("half", bases[1], extended)
+    assert call(extended).isfinite().all()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_extended_model_is_not_saved_as_a_checkpoint(bases, extension, tmp_path, loaded) -> None:
+    plain, path = call(bases[0]), tmp_path / "saved.safetensors"
+    extended = apply_extension(bases[0], extension)
+    if loaded:
+        call(extended)
+    with pytest.raises(ValueError, match="Save the model that goes into ExVideo Apply.*Save ExVideo Extension"):
+        comfy.sd.save_checkpoint(str(path), extended)
+    assert not path.exists()
+    assert call(bases[0]).equal(plain)
+    comfy.sd.save_checkpoint(str(path), bases[0])
+    assert not [name for name in load_file(path) if "positional_conv" in name]
