@@ -37,6 +37,7 @@ BENCHMARKS = {
     "memory": "activation memory of a call against the reference",
     "method": "what post-tuning does to the small model",
     "minute": "memory of a server that makes a minute of video",
+    "patches": "memory of a call with other nodes' patches, and what ComfyUI is told of it",
     "preview": "what moving previews cost",
     "soak": "hundreds of prompts on one server, cancellations and errors among them",
     "speed": "time of a call against the reference",

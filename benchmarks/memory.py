@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -129,8 +130,21 @@ def _counted(frames: int, chunk_megabytes: int) -> list[dict[str, Any]]:
     return rows
 
 
-def count(maker: str, frames: int, size: int, chunk_megabytes: int, offload: bool = False) -> int:
-    """Peak bytes alive in one fp16 call of the full-size UNet."""
+def count(
+    maker: str,
+    frames: int,
+    size: int,
+    chunk_megabytes: int,
+    offload: bool = False,
+    change: Callable[[Any], Any] = lambda model: model,
+    conditions: int = 1,
+) -> int:
+    """Peak bytes alive in one fp16 call of the full-size UNet.
+
+    Args:
+        change: what other nodes do to the model, its transformer options only.
+        conditions: in the call's batch, of ours.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from exvideo_core import skips
@@ -149,7 +163,8 @@ def count(maker: str, frames: int, size: int, chunk_megabytes: int, offload: boo
         else:
             model = unets.ours(weights, maker == "plain port", chunk_megabytes, offload, fake=True)
             parameters = list(model.model.parameters())
-            call = lambda: unets.call_ours(model, given, embedded)  # noqa: E731
+            changed = change(model)
+            call = lambda: unets.call_ours(changed, given, embedded, conditions)  # noqa: E731
         counter = LiveBytes()
         keep = skips.HostBuffers.take
 

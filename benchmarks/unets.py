@@ -177,17 +177,28 @@ class Inputs:
 
 
 @torch.no_grad()
-def call_ours(patched: comfy.model_patcher.ModelPatcher, given: Inputs, embedded: torch.Tensor | None = None) -> Any:  # noqa: ANN401
+def call_ours(
+    patched: comfy.model_patcher.ModelPatcher,
+    given: Inputs,
+    embedded: torch.Tensor | None = None,
+    conditions: int = 1,
+) -> Any:  # noqa: ANN401
     """One call of the host's UNet, with the wrappers that the host's sampler would run."""
     frames = len(given.sample)
     if embedded is None:
         embedded = torch.cat([patched.model.embedder(value[None]) for value in given.ids[0]], dim=1)
-    options = {**patched.model_options.get("transformer_options", {}), "wrappers": patched.wrappers}
+    options = {
+        **patched.model_options.get("transformer_options", {}),
+        "wrappers": patched.wrappers,
+        "cond_or_uncond": [1, 0] if conditions == 2 else [0] * conditions,
+        "original_shape": list(given.sample.shape),
+    }
+    count = conditions * frames
     return patched.model.diffusion_model(
-        given.sample,
-        torch.full((frames,), 0.7, device=given.sample.device),
-        context=given.context.expand(frames, -1, -1),
-        y=embedded.to(given.sample).expand(frames, -1),
+        given.sample.repeat(conditions, 1, 1, 1),
+        torch.full((count,), 0.7, device=given.sample.device),
+        context=given.context.expand(count, -1, -1),
+        y=embedded.to(given.sample).expand(count, -1),
         num_video_frames=frames,
         transformer_options=options,
     )

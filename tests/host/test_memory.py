@@ -236,19 +236,84 @@ def test_the_host_is_told_what_a_call_needs(pair) -> None:
         assert patcher.model.memory_required(shape) == before
 
 
-@pytest.mark.parametrize(("device", "frames", "together"), [("cpu", 4, False), ("cuda", 4, True), ("cuda", 128, False)])
-def test_conditions_share_a_batch_by_size_and_not_by_free_memory(pair, device, frames, together) -> None:
-    model = apply_extension(pair.base, pair.extension)
+def guided_by_both(model):
+    """With a patch that tells conditions apart."""
+    changed = model.clone()
+    changed.set_model_attn1_output_patch(lambda out, options: out if options["cond_or_uncond"] else -out)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("device", "frames", "change", "together"),
+    [
+        ("cpu", 4, lambda model: model, False),
+        ("cpu", 128, guided_by_both, True),
+        ("cuda", 4, lambda model: model, True),
+        ("cuda", 128, lambda model: model, False),
+        ("cuda", 128, guided_by_both, True),
+    ],
+)
+def test_conditions_share_a_batch_by_size_or_need_not_by_free_memory(
+    pair, device, frames, change, together
+) -> None:
+    model = change(apply_extension(pair.base, pair.extension))
     wrappers = model.get_wrappers(WrappersMP.CALC_COND_BATCH, "exvideo")
     x = torch.empty(frames, 4, 64, 64, device="meta")
     x = mock.Mock(device=torch.device(device), shape=x.shape)
 
-    def executor(base, conds, x):  # noqa: ANN001, ANN202
+    def executor(base, conds, x, timestep, options):  # noqa: ANN001, ANN202
         return base.memory_required([2 * frames, *x.shape[1:]])
 
     (wrapper,) = wrappers
-    assert wrapper(executor, model.model, [], x) == (0.0 if together else math.inf)
+    assert wrapper(executor, model.model, [], x, None, model.model_options) == (0.0 if together else math.inf)
     assert "memory_required" not in vars(model.model)
+
+
+def told_of(model, conds=None) -> float:
+    """What the host is told of 128 frames of 512x512."""
+    (wrapper,) = model.get_wrappers(WrappersMP.PREPARE_SAMPLING, "exvideo")
+    shape = [128, 4, 64, 64]
+    ask = lambda patcher, *_, **__: patcher.model.memory_required([2 * shape[0], *shape[1:]])  # noqa: E731
+    return wrapper(ask, model, shape, conds or {}, model_options=model.model_options)
+
+
+def test_the_host_is_told_of_what_other_nodes_take(pair, caplog) -> None:
+    """More where somebody sees whole blocks or skip tensors; the figures themselves are those of `bench patches`."""
+    caplog.set_level("INFO")
+    model = apply_extension(pair.base, pair.extension)
+    area = 128 * 64 * 64 * 64 * 4 * 1.1
+    plain = told_of(model)
+
+    def patched(setter: str, *given: object) -> comfy.model_patcher.ModelPatcher:
+        changed = model.clone()
+        getattr(changed, setter)(*given)
+        return changed
+
+    assert told_of(patched("set_model_attn1_replace", lambda q, k, v, options: v, "middle", 0)) == plain
+    assert not [line for line in caplog.messages if "whole transformer blocks" in line]
+    whole = told_of(patched("set_model_attn1_output_patch", lambda out, options: out))
+    assert whole == pytest.approx(plain + 20 * area)
+    (line,) = [line for line in caplog.messages if "whole transformer blocks" in line]
+    assert f"{whole / 2**30:.1f} GB" in line
+    skips = told_of(patched("set_model_output_block_patch", lambda h, skip, options: (h, skip)))
+    assert skips == pytest.approx(plain + 2 * area)
+    assert told_of(model, {"positive": [{"control": object()}]}) == skips
+    away = with_memory(model, MemorySettings(offload_skips=True))
+    assert told_of(away) == pytest.approx(plain - 3 * area)
+    assert told_of(away, {"positive": [{"control": object()}]}) == skips
+    assert told_of(guided_by_both(model)) == pytest.approx(told_of(model) + (6 + 2 * 20) * area)
+
+
+def test_patches_that_can_be_cut_see_all_conditions_of_some_frames(pair, monkeypatch) -> None:
+    """Normalized Attention Guidance, chunk by chunk, is what it is at once."""
+    nag = pytest.importorskip("comfy_extras.nodes_nag").NAGuidance
+    model = nag.execute(apply_extension(pair.base, pair.extension), 5.0, 0.5, 1.5)[0]
+    model.model_options["transformer_options"]["cond_or_uncond"] = [1, 0]
+    whole = call_within(WHOLE, model, 2, monkeypatch)
+    plain = call_within(WHOLE, apply_extension(pair.base, pair.extension), 2, monkeypatch)
+    assert svd.relative_error(whole, plain) > 1e-2
+    for budget in BUDGETS:
+        assert svd.relative_error(call_within(budget, model, 2, monkeypatch), whole) < 5e-6
 
 
 def test_chunks_follow_the_card_and_not_what_is_free_of_it(monkeypatch) -> None:
