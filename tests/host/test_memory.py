@@ -253,9 +253,7 @@ def guided_by_both(model):
         ("cuda", 128, guided_by_both, True),
     ],
 )
-def test_conditions_share_a_batch_by_size_or_need_not_by_free_memory(
-    pair, device, frames, change, together
-) -> None:
+def test_conditions_share_a_batch_by_size_or_need_not_by_free_memory(pair, device, frames, change, together) -> None:
     model = change(apply_extension(pair.base, pair.extension))
     wrappers = model.get_wrappers(WrappersMP.CALC_COND_BATCH, "exvideo")
     x = torch.empty(frames, 4, 64, 64, device="meta")
@@ -296,11 +294,12 @@ def test_the_host_is_told_of_what_other_nodes_take(pair, caplog) -> None:
     (line,) = [line for line in caplog.messages if "whole transformer blocks" in line]
     assert f"{whole / 2**30:.1f} GB" in line
     skips = told_of(patched("set_model_output_block_patch", lambda h, skip, options: (h, skip)))
-    assert skips == pytest.approx(plain + 2 * area)
-    assert told_of(model, {"positive": [{"control": object()}]}) == skips
+    assert skips == pytest.approx(plain + 8 * area)
+    controlled = {"positive": [{"control": object()}]}
+    assert told_of(model, controlled) == pytest.approx(plain + 2 * area)
     away = with_memory(model, MemorySettings(offload_skips=True))
     assert told_of(away) == pytest.approx(plain - 3 * area)
-    assert told_of(away, {"positive": [{"control": object()}]}) == skips
+    assert told_of(away, controlled) == told_of(model, controlled)
     assert told_of(guided_by_both(model)) == pytest.approx(told_of(model) + (6 + 2 * 20) * area)
 
 

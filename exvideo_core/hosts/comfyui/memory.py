@@ -31,11 +31,10 @@ _BOUNDED = {VideoResBlock: BoundedResBlock, Upsample: BoundedUpsample, Downsampl
 #: Full-size maps of the UNet's first width that a call holds at its widest place, the first block of the last level:
 #: its input of twice the width, its output, and, unless they wait in host memory, three skip tensors.
 _MAPS, _SKIP_MAPS = 3, 3
-#: What more is held where somebody else reads skip tensors: they are joined at once, twice the first width.
-_JOINED_MAPS = 2
-#: And where a transformer block is not computed in chunks: the host's feed-forward holds up to 17 times its input,
-#: beside the input, its norm and the result.
-_BLOCK_MAPS = 20
+#: What more of them a call holds where a transformer block is not computed in chunks (the host's feed-forward holds up
+#: to 17 times its input, beside the input, its norm and the result), where a patch changes skip tensors (FreeU_V2's
+#: Fourier transforms), and where ControlNets add to them (each is then joined at once, to twice the first width).
+_WHOLE_BLOCK_MAPS, _PATCHED_SKIP_MAPS, _CONTROLLED_SKIP_MAPS = 20, 8, 2
 #: Chunk-sized intermediates that are alive at once.
 _CHUNKS = 4
 #: Sizes of chunks in MiB, up to cards of so many GiB. Large chunks are fewer kernels to launch, which fast cards wait
@@ -74,8 +73,8 @@ class MemorySettings:
         channels: int,
         itemsize: int,
         device: torch.device,
-        skips_seen: bool = False,
-        blocks_seen: bool = False,
+        skips_stay: bool = False,
+        more_maps: int = 0,
     ) -> float:
         """Bytes that a call needs on a device beside the weights.
 
@@ -83,12 +82,11 @@ class MemorySettings:
             shape: of the latents [N, C, H, W], N being the frames of all conditions in the call.
             channels: of the UNet's first level.
             itemsize: bytes of a number.
-            skips_seen: somebody else reads the skip tensors, which are then neither offloaded nor read in chunks.
-            blocks_seen: a patch of the user has to see the whole of each transformer block.
+            skips_stay: skip tensors are on the device, whatever the settings say: somebody else reads them.
+            more_maps: what other nodes take, in full-size maps of the first width.
         """
         area = shape[0] * math.prod(shape[2:]) * channels * itemsize
-        maps = _MAPS + (0 if self.offload_skips and not skips_seen else _SKIP_MAPS)
-        maps += _JOINED_MAPS * skips_seen + _BLOCK_MAPS * blocks_seen
+        maps = _MAPS + more_maps + (0 if self.offload_skips and not skips_stay else _SKIP_MAPS)
         return area * maps * 1.1 + self.chunk_bytes(device) * _CHUNKS
 
 
@@ -160,15 +158,17 @@ class _Estimate:
         """Makes room for the calls of a sampling."""
         device = model.load_device
         options = _transformer_options(rest, named)
-        blocks_seen = reach_of(options) is Reach.ALL
-        skips_seen = _output_is_patched(options) or _has_control(rest, named)
+        whole_blocks = reach_of(options) is Reach.ALL
+        patched, controlled = _output_is_patched(options), _has_control(rest, named)
+        more = _WHOLE_BLOCK_MAPS if whole_blocks else 0
+        more += _PATCHED_SKIP_MAPS if patched else _CONTROLLED_SKIP_MAPS if controlled else 0
         alone = not ask_for_conditions(options) and _pixels(noise_shape) > _shared_pixels(device)
 
         def required(input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG001, ANN401
             shape = noise_shape if alone else input_shape
-            return self.settings.needed(shape, self.channels, self.itemsize, device, skips_seen, blocks_seen)
+            return self.settings.needed(shape, self.channels, self.itemsize, device, patched or controlled, more)
 
-        if blocks_seen:
+        if whole_blocks:
             logging.info(
                 "A patch of another node has to see whole transformer blocks, so that they are not computed in chunks: "
                 "a call needs about %.1f GB.",
