@@ -56,10 +56,14 @@ class Hints(torch.nn.Module):
     dtype = torch.float32
 
     def forward(self, x, hint, timesteps, context, **rest):  # noqa: ANN001, ANN202, ARG002
-        assert hint.shape[0] in (1, x.shape[0])
-        small = torch.nn.functional.avg_pool2d(hint[:, :1].expand(x.shape[0], -1, -1, -1), 8)
         # The host takes them from the last, which is the deepest level's; the first is for the UNet's last block.
-        return {"input": [], "middle": [], "output": [small.expand(-1, 32, -1, -1) * 1.0, *[None] * 11]}
+        return {"input": [], "middle": [], "output": [_hints_as_maps(hint, x.shape[0]), *[None] * 11]}
+
+
+def _hints_as_maps(hint: torch.Tensor, count: int) -> torch.Tensor:
+    """Hints [1 or N, 3, 8 H, 8 W], N a frame count, for all conditions -> [count, 32, H, W]."""
+    hint = hint if len(hint) == 1 else hint.repeat(count // len(hint), 1, 1, 1)
+    return torch.nn.functional.avg_pool2d(hint[:, :1], 8).expand(count, 32, -1, -1).clone()
 
 
 def control_of(hint: torch.Tensor, previous: Any = None) -> Any:
@@ -104,6 +108,39 @@ def test_chained_controls_follow_too(model) -> None:
     _, calls = calls_of(with_windows(model, FLAT), noise=noise_of(FRAMES), conds=controlled(control))
     found = {call["hint"][0, 0, 0, 0].item() for call in calls}
     assert found == {101.0 * (window[0] + 1) for window in spans(FRAMES, WINDOW, OVERLAP)}
+
+
+class BoundControl(comfy.controlnet.ControlNet):
+    """As those of ComfyUI-Advanced-ControlNet: methods bound to the object, and frames from the transformer options."""
+
+    def __init__(self) -> None:
+        super().__init__(None, load_device=torch.device("cpu"))
+        self.base = super()
+        self.get_control, self.pre_run = self.get_control_inject, self.pre_run_inject
+        self.sub_idxs = None
+
+    def pre_run_inject(self, model, percent_to_timestep_function):
+        self.base.pre_run(model, percent_to_timestep_function)
+        self.sub_idxs = None
+
+    def get_control_inject(self, x_noisy, t, cond, batched_number, transformer_options):
+        if "ad_params" in transformer_options:
+            self.sub_idxs = transformer_options["ad_params"]["sub_idxs"]
+            assert transformer_options["ad_params"]["full_length"] == FRAMES
+        hint = self.cond_hint_original if self.sub_idxs is None else self.cond_hint_original[self.sub_idxs]
+        return {"input": [], "middle": [], "output": [_hints_as_maps(hint, len(x_noisy)), *[None] * 11]}
+
+    def get_models(self):
+        return []
+
+
+@pytest.mark.parametrize("settings", [SEQUENTIAL, FLAT], ids=["sequential", "flat"])
+def test_controls_that_know_of_frames_are_told_theirs(model, settings) -> None:
+    control = BoundControl().set_cond_hint(frame_hints(FRAMES))
+    _, calls = calls_of(with_windows(model, settings), noise=noise_of(FRAMES), conds=controlled(control))
+    found = {tuple(call["hint"][:WINDOW, 0, 0, 0].tolist()) for call in calls}
+    assert found == {tuple(frame + 1.0 for frame in window) for window in spans(FRAMES, WINDOW, OVERLAP)}
+    assert control.sub_idxs is None and control.get_control.__self__ is control
 
 
 def test_each_tile_sees_its_own_hints(model) -> None:
@@ -198,6 +235,23 @@ def test_lora_schedules_begin_anew_in_each_window(model) -> None:
     assert not first.equal(last)
     schedule = [call["weight"].equal(first) for call in alone]
     assert [call["weight"].equal(first) for call in calls] == schedule * len(spans(FRAMES, WINDOW, OVERLAP))
+
+
+def test_guidance_sees_the_noise_level_of_its_window(model) -> None:
+    """In place of the whole clip's, whatever frame it looks at: one without noise would end a schedule."""
+    levels = []
+
+    def guide(args):
+        assert len(args["cond"]) == len(args["sigma"]) == FRAMES
+        levels.append(args["sigma"].unique().tolist())
+        return args["uncond"] + 3 * (args["cond"] - args["uncond"])
+
+    guided = with_windows(model, SEQUENTIAL)
+    guided.set_model_sampler_cfg_function(guide)
+    sample(guided, noise=noise_of(FRAMES), steps=3)
+    count = len(spans(FRAMES, WINDOW, OVERLAP))
+    assert len(levels) == 3 * count and all(len(level) == 1 and level[0] > 0 for level in levels)
+    assert levels == levels[:3] * count
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m", "uni_pc"])

@@ -6,6 +6,7 @@ Whatever has a frame or a place follows: conditioning tensors, masks, areas, GLI
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class Controls:
 
     def _cut(self, control: ControlBase, part: Frames | Tile) -> ControlBase:
         own = copy.copy(control)
+        _take_methods(own, control)
         for name in _MADE_OF_HINTS:
             if hasattr(own, name):
                 setattr(own, name, None)
@@ -96,9 +98,8 @@ class Frames:
         return found
 
     def cut_hint(self, control: ControlBase) -> None:
-        if hasattr(control, "sub_idxs"):  # ComfyUI-Advanced-ControlNet cuts by itself what it has for every frame
-            control.sub_idxs, control.context_length = list(self.chosen), len(self.chosen)
-            control.full_latent_length = self.total
+        if hasattr(control, "get_control_inject"):  # ComfyUI-Advanced-ControlNet cuts what it has for frames by itself
+            control.get_control = types.MethodType(_get_control_of(self), control)
             return
 
         def own(hint: Any) -> Any:  # noqa: ANN401
@@ -172,6 +173,9 @@ class Tile:
 
         control.cond_hint_original = own(control.cond_hint_original)
         control.extra_concat_orig = [own(hint) for hint in control.extra_concat_orig]
+        mask = getattr(control, "mask_cond_hint_original", None)  # of ComfyUI-Advanced-ControlNet
+        if mask is not None:
+            control.mask_cond_hint_original = own(mask[:, None])[:, 0]
 
     def _shared(self, height: int, width: int, top: int, left: int) -> tuple[int, int, int, int] | None:
         """The part of a box that lies in the tile, in the tile's own coordinates, as the host orders them."""
@@ -205,6 +209,41 @@ class Caches:
 
     def clear(self) -> None:
         self._made.clear()
+
+
+def _take_methods(own: ControlBase, control: ControlBase) -> None:
+    """Bind to a copy what its original has bound to itself, as ComfyUI-Advanced-ControlNet does with its methods."""
+    for name, value in list(vars(own).items()):
+        if getattr(value, "__self__", None) is not control:
+            continue
+        bound = super(value.__thisclass__, own) if isinstance(value, super) else types.MethodType(value.__func__, own)
+        setattr(own, name, bound)
+
+
+def _get_control_of(frames: Frames) -> Callable[..., Any]:
+    """The method `get_control` of ComfyUI-Advanced-ControlNet's controls, for a window.
+
+    They are told their frames at every call, by the channel that ComfyUI-AnimateDiff-Evolved uses: the host's `pre_run`
+    makes them forget. Where that pack cuts a window further, the frames are those of its part.
+    """
+
+    def get_control(
+        own: Any,  # noqa: ANN401 - theirs
+        x_noisy: torch.Tensor,
+        t: torch.Tensor,
+        cond: Cond,
+        batched_number: int,
+        transformer_options: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        given = transformer_options.get("ad_params") or {}
+        if given.get("exvideo") != frames:  # chained controls pass on what the last one was told
+            part = given.get("sub_idxs")
+            chosen = list(frames.chosen) if part is None else [frames.chosen[index] for index in part]
+            place = {"sub_idxs": chosen, "context_length": len(chosen), "full_length": frames.total, "exvideo": frames}
+            transformer_options = {**transformer_options, "ad_params": place}
+        return type(own).get_control_inject(own, x_noisy, t, cond, batched_number, transformer_options)
+
+    return get_control
 
 
 def _area_of_pictures(area: Sequence[int]) -> tuple[int, int, int, int]:

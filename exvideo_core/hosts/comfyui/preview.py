@@ -20,12 +20,12 @@ import comfy.utils
 import latent_preview
 import torch
 from PIL import ImageOps
+from PIL.Image import Image
 
 from .wrapping import around_callback
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-    from PIL.Image import Image
 
     from .wrapping import StepCallback
 
@@ -102,7 +102,10 @@ class Player:
         frames = denoised.flatten(1).any(1).nonzero()[:, 0].tolist()  # windows to come are still zero
         if not frames:
             return
-        answer = self._previewer.decode_latent_to_preview_image("JPEG", denoised[frames[0]][None])
+        first = denoised[frames[0]][None]
+        # Asked for a picture to send, ComfyUI-VideoHelperSuite's previewer would announce a clip of one frame.
+        shows = isinstance(self._previewer.decode_latent_to_preview(first), Image)
+        answer = self._previewer.decode_latent_to_preview_image("JPEG", first) if shows else None
         if answer is None:  # as of previewers that show their pictures by themselves
             self._works = False
             logging.info("The clip is not played while it samples: another preview shows it.")

@@ -290,7 +290,8 @@ def _options_in_place(options: dict[str, Any], part: Frames) -> dict[str, Any]:
         def spread(value: Any) -> Any:  # noqa: ANN401
             if not torch.is_tensor(value) or value.ndim == 0 or len(value) != len(frames):
                 return value
-            whole = value.new_zeros(part.total, *value.shape[1:])
+            # Frames outside hold what the window's first does: the noise level is the same for all.
+            whole = value[:1].repeat(part.total, *(1 for _ in value.shape[1:]))
             whole[frames] = value
             return whole
 
