@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.hooks
-import comfy.model_management
 import comfy.sample
-import comfy.samplers
 import comfy.sd
-import comfy.weight_adapter
 import pytest
 import torch
 
 FRAMES, SIZE, STEPS = 4, 8, 2
 Model = Any
+
+
+def unchanged(model: Model) -> Model:
+    return model
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Case:
     """
 
     name: str
-    apply: Callable[[Model], Model] = lambda model: model
+    apply: Callable[[Model], Model] = unchanged
     sampling: dict[str, Any] = field(default_factory=dict)
     factor: float = 3.0
 

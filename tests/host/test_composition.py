@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import svd
-from composition import CASES, Case, sample
+from composition import CASES, Case, sample, unchanged
 from exvideo_core.extension import Extension
 from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
 from exvideo_core.hosts.comfyui.patch import apply_extension
@@ -34,12 +34,10 @@ def models(small_models) -> Models:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_it_does_what_it_does_on_the_base(models: Models, case: Case) -> None:
-    # What a case changes is held against the same clip without it.
-    shared = {name: value for name, value in case.sampling.items() if name in ("noise", "latent")}
-    if any(name not in ("noise", "latent") for name in case.sampling) and case.name in _IN_THE_SAMPLER:
-        compared = shared
-    else:
-        compared = case.sampling
+    # Held against the same clip without what the case changes: the model, or the sampler's arguments.
+    compared = case.sampling
+    if case.apply is unchanged:
+        compared = {name: value for name, value in compared.items() if name in ("noise", "latent")}
     effects = []
     for model in (models.base, models.extended):
         changed = case.apply(model)
@@ -56,7 +54,3 @@ def test_it_does_what_it_does_on_the_base(models: Models, case: Case) -> None:
     assert effects[0] / case.factor < effects[1] < effects[0] * case.factor
     for model in (models.base, models.extended):
         assert sample(model).equal(models.plain(model)), "the model is not as it was"
-
-
-#: Cases whose effect is that of the sampler's arguments.
-_IN_THE_SAMPLER = {case.name for case in CASES if case.apply is Case.apply}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +29,14 @@ class Controls:
     """ControlNets with the hints of a part, kept for a sampling: they enlarge and encode a hint only once."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, Hashable], tuple[ControlBase, ControlBase]] = {}
+        self._made: dict[tuple[int, Frames | Tile], tuple[ControlBase, ControlBase]] = {}
 
     def of(self, control: ControlBase, part: Frames | Tile) -> ControlBase:
         """A copy that shares everything with `control` but the hint, which is the part's."""
-        key = id(control), part.key
+        key = id(control), part
         if key not in self._made:
             self._made[key] = control, self._cut(control, part)  # with its original, so that no other takes its id
         return self._made[key][1]
-
-    def clear(self) -> None:
-        self._made.clear()
 
     def _cut(self, control: ControlBase, part: Frames | Tile) -> ControlBase:
         own = copy.copy(control)
@@ -67,10 +64,6 @@ class Frames:
 
     chosen: tuple[int, ...]
     total: int
-
-    @property
-    def key(self) -> Hashable:
-        return self.chosen, self.total
 
     def rows(self, value: Any, name: str = "") -> Any:  # noqa: ANN401
         """A tensor's rows of these frames, where it has one for each frame, or repeats some."""
@@ -126,10 +119,6 @@ class Tile:
     height: int
     width: int
     whole: tuple[int, int]
-
-    @property
-    def key(self) -> Hashable:
-        return self.top, self.left, self.height, self.width, self.whole
 
     def of(self, tensor: torch.Tensor, scale: int = 1) -> torch.Tensor:
         """The tile of a tensor [..., H, W] of `scale` times the picture's size."""
@@ -194,7 +183,7 @@ class Caches:
     """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, Hashable], tuple[Any, Any]] = {}
+        self._made: dict[tuple[int, Frames | Tile], tuple[Any, Any]] = {}
 
     def of(self, options: dict[str, Any], part: Frames | Tile, model_sampling: Any) -> dict[str, Any]:  # noqa: ANN401
         """Model options with the state of a part."""
@@ -202,13 +191,20 @@ class Caches:
         cache = given.get("easycache")
         if cache is None or not hasattr(cache, "uuid_cache_diffs"):  # LazyCache sees the whole clip
             return options
-        key = id(cache), part.key
+        key = id(cache), part
         if key not in self._made:
             self._made[key] = cache, cache.clone().prepare_timesteps(model_sampling)
         return {**options, "transformer_options": {**given, "easycache": self._made[key][1]}}
 
+
+class Parts:
+    """What belongs to the parts of a clip, for as long as a sampling runs."""
+
+    def __init__(self) -> None:
+        self.clear()
+
     def clear(self) -> None:
-        self._made.clear()
+        self.controls, self.caches = Controls(), Caches()
 
 
 def _take_methods(own: ControlBase, control: ControlBase) -> None:

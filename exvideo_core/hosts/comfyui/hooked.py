@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, CrossAttention, FeedForward
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, VideoResBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
 _LAYERS = comfy.ops.disable_weight_init
 #: Layers that may be computed from their weights, and the methods that say how they compute. Low-precision and
@@ -13,7 +13,7 @@ _LAYERS = comfy.ops.disable_weight_init
 _FROM_WEIGHTS = (_LAYERS.Linear, _LAYERS.Conv2d, _LAYERS.Conv3d, _LAYERS.GroupNorm, _LAYERS.LayerNorm)
 _METHODS = ("forward", "forward_comfy_cast_weights", "_conv_forward", "__call__", "_call_impl")
 #: Modules whose parts may be called one by one.
-_OF_PARTS = (BasicTransformerBlock, CrossAttention, FeedForward, GEGLU, ResBlock, VideoResBlock)
+_OF_PARTS = (BasicTransformerBlock, CrossAttention, FeedForward, GEGLU, ResBlock)
 
 
 def computes_from_weights(layer: torch.nn.Module) -> bool:

@@ -116,18 +116,19 @@ def bounded_layers(patcher: ModelPatcher, unpatched: bool = False) -> dict[str, 
 
 def configure(patched: ModelPatcher, settings: MemorySettings) -> None:
     """Set or replace the settings of a bounded clone."""
+    sampling = _Sampling()
     estimate = _Estimate(
         settings,
+        sampling,
         channels=patched.model.diffusion_model.model_channels,
         itemsize=(patched.model.manual_cast_dtype or patched.model.get_dtype()).itemsize,
     )
-    skips = _OffloadedSkips()
     wrappers = comfy.patcher_extension.WrappersMP
     for kind, wrapper in (
-        (wrappers.DIFFUSION_MODEL, _call(settings, skips)),
+        (wrappers.DIFFUSION_MODEL, _call(settings, sampling)),
         (wrappers.PREPARE_SAMPLING, estimate.while_preparing),
         (wrappers.CALC_COND_BATCH, estimate.while_batching),
-        (wrappers.OUTER_SAMPLE, skips.for_a_sampling),
+        (wrappers.OUTER_SAMPLE, sampling.around),
     ):
         wrap(patched, kind, _KEY, wrapper, first=False)
 
@@ -144,6 +145,7 @@ class _Estimate:
     """
 
     settings: MemorySettings
+    sampling: _Sampling
     channels: int
     itemsize: int
 
@@ -168,7 +170,8 @@ class _Estimate:
             shape = noise_shape if alone else input_shape
             return self.settings.needed(shape, self.channels, self.itemsize, device, patched or controlled, more)
 
-        if whole_blocks:
+        if whole_blocks and not self.sampling.logged:
+            self.sampling.logged = True
             logging.info(
                 "A patch of another node has to see whole transformer blocks, so that they are not computed in chunks: "
                 "a call needs about %.1f GB.",
@@ -236,11 +239,16 @@ def _answering(model: comfy.model_base.BaseModel, required: Callable[..., float]
             model.memory_required = before
 
 
-class _OffloadedSkips:
-    """Buffers of each device that skip tensors wait in, for as long as a sampling runs."""
+class _Sampling:
+    """What lives as long as a sampling: the buffers of each device that skip tensors wait in, and what was logged.
+
+    Attributes:
+        logged: that blocks are not computed in chunks, which is not said again for every window.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, HostBuffers] = {}
+        self.logged = False
 
     def begin_call(self, device: torch.device) -> HostBuffers:
         if device not in self._buffers:
@@ -249,7 +257,7 @@ class _OffloadedSkips:
         buffers.begin()
         return buffers
 
-    def for_a_sampling(self, executor: Any, noise: torch.Tensor, *given: Any, **named: Any) -> Any:  # noqa: ANN401
+    def around(self, executor: Any, noise: torch.Tensor, *given: Any, **named: Any) -> Any:  # noqa: ANN401
         if 0 in noise.shape:
             raise ValueError(
                 f"The latent is empty: its shape is {list(noise.shape)} (frames, channels, height, width). Give the "
@@ -259,9 +267,10 @@ class _OffloadedSkips:
             return executor(noise, *given, **named)
         finally:
             self._buffers.clear()
+            self.logged = False
 
 
-def _call(settings: MemorySettings, skips: _OffloadedSkips) -> Callable[..., Any]:
+def _call(settings: MemorySettings, sampling: _Sampling) -> Callable[..., Any]:
     """Runs a call of the UNet within a budget, its skip tensors as `Skip`s."""
 
     def wrapper(
@@ -277,7 +286,7 @@ def _call(settings: MemorySettings, skips: _OffloadedSkips) -> Callable[..., Any
         options = transformer_options
         with_gradients = torch.is_grad_enabled()
         if control is None and not with_gradients and _reads_no_skips(executor.class_obj, options):
-            buffers = skips.begin_call(x.device) if settings.offload_skips else None
+            buffers = sampling.begin_call(x.device) if settings.offload_skips else None
             options = {**options, "patches": _with_skips(options.get("patches", {}), buffers)}
         with chunks.use(chunks.Budget(settings.chunk_bytes(x.device))):
             return executor(x, timesteps, context, y, control, options, **rest)

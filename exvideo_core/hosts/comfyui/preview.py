@@ -6,13 +6,12 @@ shows previews shows a moving one.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import comfy.model_management
@@ -41,17 +40,20 @@ def play_while_sampling(patched: ModelPatcher) -> None:
     around_callback(patched, _KEY, _played)
 
 
-@contextlib.contextmanager
-def _played(patcher: ModelPatcher, noise: torch.Tensor, callback: StepCallback) -> Iterator[StepCallback]:
+def _played(
+    patcher: ModelPatcher,
+    noise: torch.Tensor,
+    callback: StepCallback,
+    run: Callable[[StepCallback], torch.Tensor],
+) -> torch.Tensor:
     previewer = None
     if callback is not None and len(noise) > 1 and comfy.utils.PROGRESS_BAR_HOOK is not None:
         previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
     if previewer is None:
-        yield callback
-        return
+        return run(callback)
     player = Player(previewer, callback)
     try:
-        yield player.step
+        return run(player.step)
     finally:
         player.stop()
 
@@ -69,7 +71,7 @@ class Player:
         self._lock = threading.Lock()  # so that progress is never reported as it was a step ago
         self._ended = threading.Event()
         self._pictures: list[Image] = []
-        self._format: tuple[str, int | None] = ("JPEG", None)
+        self._format: tuple[str, int | None] | None = None  # the host's, once it has been asked
         self._progress = (0, 1)
         self._rest: float | None = None  # between pictures; known once one has been encoded
         self._allowance, self._since, self._cost = 0.0, time.perf_counter(), 0.0
@@ -103,22 +105,23 @@ class Player:
         if not frames:
             return
         first = denoised[frames[0]][None]
-        # Asked for a picture to send, ComfyUI-VideoHelperSuite's previewer would announce a clip of one frame.
-        shows = isinstance(self._previewer.decode_latent_to_preview(first), Image)
-        answer = self._previewer.decode_latent_to_preview_image("JPEG", first) if shows else None
-        if answer is None:  # as of previewers that show their pictures by themselves
-            self._works = False
-            logging.info("The clip is not played while it samples: another preview shows it.")
-            return
-        kind, picture, most = answer
+        picture = self._previewer.decode_latent_to_preview(first)
+        if self._format is None:
+            # Asked for a picture to send, ComfyUI-VideoHelperSuite's previewer would announce a clip of one frame.
+            shown = isinstance(picture, Image)
+            answer = self._previewer.decode_latent_to_preview_image("JPEG", first) if shown else None
+            if answer is None:  # as of previewers that show their pictures by themselves
+                self._works = False
+                logging.info("The clip is not played while it samples: another preview shows it.")
+                return
+            self._format = answer[0], answer[2]
         each = time.perf_counter() - began
         count = int(min(len(frames), _MOST_PICTURES, max(self._allowance / max(each, 1e-6), 1)))
         chosen = [frames[i * len(frames) // count] for i in range(1, count)]
         self._pictures = [picture, *(self._previewer.decode_latent_to_preview(denoised[i][None]) for i in chosen)]
-        self._format = (kind, most)
         self._cost = time.perf_counter() - began
         if self._rest is None:
-            self._rest = max(1 / _PER_SECOND, _seconds_to_send(picture, kind, most) / _SENDING)
+            self._rest = max(1 / _PER_SECOND, _seconds_to_send(picture, *self._format) / _SENDING)
 
     def _play(self) -> None:
         shown = 0
@@ -128,6 +131,7 @@ class Player:
                 if not self._works:
                     return
                 shown = (shown + 1) % len(self._pictures)
+                assert self._format is not None
                 kind, most = self._format
                 try:
                     bar.update_absolute(*self._progress, (kind, self._pictures[shown], most))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from comfy.patcher_extension import WrappersMP
 
-from .wrapping import wrap
+from .wrapping import around_callback
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -96,18 +95,12 @@ def recorded(model: ModelPatcher, steps: int) -> tuple[ModelPatcher, Recording]:
     """
     recording = Recording()
 
-    def wrapper(
-        executor: Any,  # noqa: ANN401 - the host's
-        noise: torch.Tensor,
-        latent_image: torch.Tensor,
-        sampler: Any,  # noqa: ANN401
-        sigmas: torch.Tensor,
-        denoise_mask: torch.Tensor | None = None,
-        callback: StepCallback = None,
-        *rest: Any,  # noqa: ANN401
-        **named: Any,  # noqa: ANN401
+    def watched(
+        patcher: ModelPatcher,
+        noise: torch.Tensor,  # noqa: ARG001
+        callback: StepCallback,
+        run: Callable[[StepCallback], torch.Tensor],
     ) -> torch.Tensor:
-        process_out = executor.class_obj.model_patcher.model.process_latent_out
         kept: dict[int, torch.Tensor] = {}
         total = 0
 
@@ -119,17 +112,17 @@ def recorded(model: ModelPatcher, steps: int) -> tuple[ModelPatcher, Recording]:
             chosen = min(steps, count)
             if step + 1 in {(i + 1) * count // chosen for i in range(chosen)}:
                 # Samplers hand the model's own scale over; latents of the host's graph are in the VAE's.
-                kept[step + 1] = _on_cpu(process_out(denoised.to(torch.float32)))
+                kept[step + 1] = _on_cpu(patcher.model.process_latent_out(denoised.to(torch.float32)))
             if callback is not None:
                 callback(step, denoised, x, count)
 
-        result = executor(noise, latent_image, sampler, sigmas, denoise_mask, keep, *rest, **named)
+        result = run(keep)
         if kept:
             recording.add(Run(total, kept, _on_cpu(result)))
         return result
 
     clone = model.clone()
-    wrap(clone, WrappersMP.OUTER_SAMPLE, _KEY, wrapper)
+    around_callback(clone, _KEY, watched)
     return clone, recording
 
 

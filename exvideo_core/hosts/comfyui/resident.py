@@ -71,11 +71,11 @@ class Resident:
             return module(x)
         return functional.layer_norm(x, module.normalized_shape, *self(module), module.eps)
 
-    def conv2d(self, module: torch.nn.Conv2d, x: torch.Tensor, stride: int = 1, padding: int = 1) -> torch.Tensor:
-        """A convolution of x [N, C, H, W] with its bias."""
+    def conv2d(self, module: torch.nn.Conv2d, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        """A 3x3 convolution of x [N, C, H, W] with its bias."""
         if not self.owns(module):
             return module(x)
-        return functional.conv2d(x, *self(module), stride=stride, padding=padding)
+        return functional.conv2d(x, *self(module), stride=stride, padding=1)
 
     def bias_of(self, module: torch.nn.Module) -> torch.Tensor | None:
         """The bias that `without_bias` leaves out."""

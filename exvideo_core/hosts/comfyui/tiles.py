@@ -12,7 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...windows import fuse_weights, spans
-from .cuts import Caches, Controls, Tile
+from .cuts import Parts, Tile
 from .wrapping import check_svd, room_for, wrap
 
 if TYPE_CHECKING:
@@ -42,22 +42,21 @@ def with_tiles(model: ModelPatcher, tiles: Tiles) -> ModelPatcher:
     """
     check_svd(model)
     patched = model.clone()
-    controls, caches = Controls(), Caches()
+    parts = Parts()
 
     def for_a_sampling(executor: Any, *given: Any, **named: Any) -> torch.Tensor:  # noqa: ANN401 - the host's
         try:
             return executor(*given, **named)
         finally:
-            controls.clear()
-            caches.clear()
+            parts.clear()
 
     wrap(patched, WrappersMP.OUTER_SAMPLE, _KEY, for_a_sampling)
-    wrap(patched, WrappersMP.CALC_COND_BATCH, _KEY, _tiled(tiles, controls, caches), first=False)
+    wrap(patched, WrappersMP.CALC_COND_BATCH, _KEY, _tiled(tiles, parts), first=False)
     wrap(patched, WrappersMP.PREPARE_SAMPLING, _KEY, room_for(height=tiles.height, width=tiles.width))
     return patched
 
 
-def _tiled(settings: Tiles, controls: Controls, caches: Caches) -> Callable[..., list[torch.Tensor]]:
+def _tiled(settings: Tiles, parts: Parts) -> Callable[..., list[torch.Tensor]]:
     """All tiles of a call, blended where they overlap."""
 
     def wrapper(
@@ -77,12 +76,12 @@ def _tiled(settings: Tiles, controls: Controls, caches: Caches) -> Callable[...,
             for c, column in enumerate(columns):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 tile = Tile(row[0], column[0], len(row), len(column), (x.shape[-2], x.shape[-1]))
-                parts = [
-                    None if cond is None else [own for each in cond if (own := tile.cut(each, controls)) is not None]
+                given = [
+                    None if cond is None else [own for each in cond if (own := tile.cut(each, parts.controls))]
                     for cond in conds
                 ]
-                own_options = caches.of(options, tile, model.model_sampling)
-                made = executor(model, parts, tile.of(x).contiguous(), timestep, own_options)
+                own_options = parts.caches.of(options, tile, model.model_sampling)
+                made = executor(model, given, tile.of(x).contiguous(), timestep, own_options)
                 down, across = fuse_weights(rows, r, "overlap-linear"), fuse_weights(columns, c, "overlap-linear")
                 weights = (down[:, None] * across).to(x)
                 for total, result in zip(sums, made, strict=True):

@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...choices import Anchor, Fuse
 from ...windows import fuse_weights, hold_weights, recurring_noise, spans
-from .cuts import Caches, Cond, Controls, Frames
+from .cuts import Cond, Controls, Frames, Parts
 from .patch import applied_extension
 from .preview import play_while_sampling
 from .wrapping import check_svd, room_for, wrap
@@ -79,7 +79,7 @@ def with_windows(model: ModelPatcher, windows: Windows) -> ModelPatcher:
         )
     spans(2 * windows.frames, windows.frames, windows.overlap)  # says so if the two do not go together
     patched = model.clone()
-    parts = _Parts()
+    parts = Parts()
     if windows.fuse != "sequential":
         wrap(patched, WrappersMP.CALC_COND_BATCH, _KEY, _fused(windows, parts))
     else:
@@ -90,18 +90,7 @@ def with_windows(model: ModelPatcher, windows: Windows) -> ModelPatcher:
     return patched
 
 
-class _Parts:
-    """What belongs to each window, for as long as a sampling runs."""
-
-    def __init__(self) -> None:
-        self.controls, self.caches = Controls(), Caches()
-
-    def clear(self) -> None:
-        self.controls.clear()
-        self.caches.clear()
-
-
-def _fused(settings: Windows, parts: _Parts) -> Callable[..., list[torch.Tensor]]:
+def _fused(settings: Windows, parts: Parts) -> Callable[..., list[torch.Tensor]]:
     """All windows at every step, averaged."""
 
     def wrapper(
@@ -138,7 +127,7 @@ def _fused(settings: Windows, parts: _Parts) -> Callable[..., list[torch.Tensor]
     return wrapper
 
 
-def _sampled(settings: Windows, parts: _Parts) -> Callable[..., torch.Tensor]:
+def _sampled(settings: Windows, parts: Parts) -> Callable[..., torch.Tensor]:
     """The whole sampling: its noise, and, if sequential, a sampling for each window.
 
     Windows are cut where the host begins a sampling, outside of all that others keep for one: caches, LoRA schedules

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_base
@@ -44,12 +43,13 @@ def wrap(patched: ModelPatcher, kind: str, key: str, wrapper: Callable[..., Any]
 def around_callback(
     patched: ModelPatcher,
     key: str,
-    around: Callable[[ModelPatcher, torch.Tensor, StepCallback], AbstractContextManager[StepCallback]],
+    around: Callable[[ModelPatcher, torch.Tensor, StepCallback, Callable[[StepCallback], torch.Tensor]], torch.Tensor],
 ) -> None:
     """Put something in the place of the host's callback of a step, for the time of a sampler's run.
 
     Args:
-        around: takes the model that is sampled, the noise and the callback; gives the one to call.
+        around: takes the model that is sampled, the noise, the callback, and what runs the sampler with a callback;
+            gives the result.
     """
 
     def wrapper(
@@ -63,8 +63,10 @@ def around_callback(
         *rest: Any,  # noqa: ANN401
         **named: Any,  # noqa: ANN401
     ) -> torch.Tensor:
-        with around(executor.class_obj.model_patcher, noise, callback) as called:
+        def run(called: StepCallback) -> torch.Tensor:
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, called, *rest, **named)
+
+        return around(executor.class_obj.model_patcher, noise, callback, run)
 
     wrap(patched, WrappersMP.OUTER_SAMPLE, key, wrapper)
 
