@@ -142,9 +142,9 @@ def _work(folder: Path) -> int:
     comfy.cli_args.args.cpu = True
     import torch
 
-    from exvideo_core.extension import Extension
-    from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-    from exvideo_core.safetensors_header import ModelFileError
+    from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+    from exvideo_core.files.safetensors_header import ModelFileError
+    from exvideo_core.method.extension import Extension
 
     torch.set_num_threads(1)
     sound = folder / "sound"
@@ -193,11 +193,11 @@ def _make_sound_files(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from exvideo_core import layouts
+    from exvideo_core.method import tensor_names
     from small_model import recipe
 
     generator = torch.Generator().manual_seed(0)
-    shapes = layouts.extension_shapes([4] * 16, 8, 6)
+    shapes = tensor_names.extension_shapes([4] * 16, 8, 6)
     content = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     save_file({name: value.half() for name, value in content.items()}, folder / "fp16.safetensors")
     save_file({f"unet.{name}": value for name, value in content.items()}, folder / "fp32.safetensors")

@@ -53,8 +53,8 @@ class Maker:
     def __init__(self) -> None:
         import_module("benchmarks.unets")  # puts the host on the path
 
-        from exvideo_core.extension import Extension
-        from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+        from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+        from exvideo_core.method.extension import Extension
 
         self.model, self.clip_vision, self.vae = load_checkpoint(str(recipe.CHECKPOINT))
         self.extension = Extension.load(recipe.EXTENSION)
@@ -63,13 +63,13 @@ class Maker:
         """0..1 [frames, H, W, 3]; `held` are first frames that are given."""
         import comfy.sample
 
-        from exvideo_core.hosts.comfyui import pixels
-        from exvideo_core.hosts.comfyui.patch import apply_extension
-        from exvideo_core.hosts.comfyui.windows import Windows, with_windows
+        from exvideo_core.comfyui.apply.patch import apply_extension
+        from exvideo_core.comfyui.sampling.windows import Windows, with_windows
+        from exvideo_core.comfyui.vae import conditioning
 
         clip = world.sample(world.HELD_OUT + index)
         first = torch.from_numpy(world.render(clip, 1) if held is None else held[:1])
-        positive, negative = pixels.condition(
+        positive, negative = conditioning.condition(
             self.clip_vision, self.vae, first, width=world.SIZE, height=world.SIZE, fps=30,
             motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=index,
         )  # fmt: skip
@@ -78,13 +78,13 @@ class Maker:
             model = with_windows(model, Windows(**row.windows))
         latent = {"samples": torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)}
         if held is not None:
-            latent = pixels.hold_frames(self.vae, latent, torch.from_numpy(held), list(range(len(held))), FADE)
+            latent = conditioning.hold_frames(self.vae, latent, torch.from_numpy(held), list(range(len(held))), FADE)
         noise = comfy.sample.prepare_noise(latent["samples"], index)
         made = comfy.sample.sample(
             model, noise, STEPS, 1.0, "euler", "karras", positive, negative, latent["samples"],
             noise_mask=latent.get("noise_mask"), seed=index, disable_pbar=True,
         )  # fmt: skip
-        return pixels.decode(self.vae, made, 24, 12, "smooth").numpy()
+        return conditioning.decode(self.vae, made, 24, 12, "smooth").numpy()
 
 
 def steps(video: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def _write_joints(maker: Maker, clips: int) -> None:
 
 
 def _borders(frames: int) -> list[int]:
-    from exvideo_core.hosts.comfyui.windows import Windows
+    from exvideo_core.comfyui.sampling.windows import Windows
 
     windows = Windows().of(frames)
     return [found[0] for found in windows[1:]] + [found[-1] + 1 for found in windows[:-1]]

@@ -147,7 +147,7 @@ def count(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from exvideo_core import skips
+    from exvideo_core.comfyui.low_memory import skip_connections
 
     from . import unets
     from .live_bytes import LiveBytes
@@ -166,20 +166,20 @@ def count(
             changed = change(model)
             call = lambda: unets.call_ours(changed, given, embedded, conditions)  # noqa: E731
         counter = LiveBytes()
-        keep = skips.HostBuffers.take
+        keep = skip_connections.HostBuffers.take
 
-        def elsewhere(buffers: skips.HostBuffers, like: torch.Tensor) -> torch.Tensor:
+        def elsewhere(buffers: skip_connections.HostBuffers, like: torch.Tensor) -> torch.Tensor:
             with counter.paused():
                 return keep(buffers, like)
 
-        def fetch(self: skips.Skip, start: int, end: int) -> tuple[torch.Tensor, None]:
+        def fetch(self: skip_connections.Skip, start: int, end: int) -> tuple[torch.Tensor, None]:
             part = self.held[start:end]
             return (part.clone() if offload else part), None
 
         with (
             counter,
-            mock.patch.object(skips.HostBuffers, "take", elsewhere),
-            mock.patch.object(skips.Skip, "fetch", fetch),
+            mock.patch.object(skip_connections.HostBuffers, "take", elsewhere),
+            mock.patch.object(skip_connections.Skip, "fetch", fetch),
         ):
             counter.ignore([parameters, weights.base, weights.extension, vars(given), embedded])
             call()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exvideo_core.hosts.diffusers.sampling import decode
+from exvideo_core.diffusers.sampling import decode
 from exvideo_core.post_tuning.samples import Encoder
 from small_model import clips, world
 
@@ -70,8 +70,8 @@ class Maker:
         self._svd = None
 
     def model(self, extension: str | None):  # noqa: ANN201 - SVD
-        from exvideo_core.extension import Extension
-        from exvideo_core.hosts.diffusers import checkpoint, patch
+        from exvideo_core.diffusers import checkpoint, patch
+        from exvideo_core.method.extension import Extension
         from exvideo_core.post_tuning.selection import untrained
 
         if self._svd is None or extension != self._extension:

@@ -62,12 +62,12 @@ def _write(folder: Path, kind: str) -> None:
 
     in_process.set_up(on_cpu=True)  # under dynamic VRAM the host's layers do not know their shapes
     import random_model
-    from exvideo_core import layouts
+    from exvideo_core.method import tensor_names
 
     if kind == "small":
         random_model.make(folder)
         return
-    shapes = random_model.svd_shapes(), layouts.extension_shapes(WIDTHS, CONTEXT, FRAMES)
+    shapes = random_model.svd_shapes(), tensor_names.extension_shapes(WIDTHS, CONTEXT, FRAMES)
     folder.mkdir(parents=True, exist_ok=True)
     paths = files(folder, kind)
     for path, wanted in zip(paths, shapes, strict=True):

@@ -8,10 +8,10 @@ import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import SpatialVideoTransformer
 
-from exvideo_core.extension import BlockWeights, Extension
-from exvideo_core.hosts.comfyui.layers import adopt
-from exvideo_core.hosts.comfyui.patch import find_transformers
-from exvideo_core.temporal import positional_convolution
+from exvideo_core.comfyui.apply.patch import find_transformers
+from exvideo_core.comfyui.low_memory.transformer_block import adopt
+from exvideo_core.method.convolution import positional_convolution
+from exvideo_core.method.extension import BlockWeights, Extension
 
 
 class PlainTransformer(SpatialVideoTransformer):

@@ -86,12 +86,12 @@ class _Sampling:
     def __init__(self, frames: int, steps: int) -> None:
         maker = Maker()  # before all that needs the host
 
-        from exvideo_core.hosts.comfyui import pixels
-        from exvideo_core.hosts.comfyui.patch import apply_extension
+        from exvideo_core.comfyui.apply.patch import apply_extension
+        from exvideo_core.comfyui.vae import conditioning
 
         clip = world.sample(world.HELD_OUT)
         self._steps = steps
-        self._conds = pixels.condition(
+        self._conds = conditioning.condition(
             maker.clip_vision, maker.vae, torch.from_numpy(world.render(clip, 1)), width=world.SIZE,
             height=world.SIZE, fps=30, motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=0,
         )  # fmt: skip

@@ -122,9 +122,9 @@ class Run:
     """
 
     def __init__(self, files: Files, clip: Clip, meter: Meter, steps: int = 1, first_chunk_only: bool = False) -> None:
-        from exvideo_core.extension import Extension
-        from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-        from exvideo_core.hosts.comfyui.patch import apply_extension
+        from exvideo_core.comfyui.apply.patch import apply_extension
+        from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+        from exvideo_core.method.extension import Extension
 
         self._clip, self._meter, self._steps, self._first_chunk_only = clip, meter, steps, first_chunk_only
         model, self._clip_vision, self._vae = load_checkpoint(str(files.checkpoint))
@@ -167,7 +167,7 @@ class Run:
         return row
 
     def _condition(self, _: Any) -> None:  # noqa: ANN401 - has no settings
-        from exvideo_core.hosts.comfyui.pixels import condition
+        from exvideo_core.comfyui.vae.conditioning import condition
 
         clip = self._clip
         generator = torch.Generator().manual_seed(0)
@@ -181,9 +181,9 @@ class Run:
         """KSampler as in the pack's workflows, but for the number of steps."""
         import comfy.sample
 
-        from exvideo_core.hosts.comfyui.memory import MemorySettings
-        from exvideo_core.hosts.comfyui.patch import with_memory
-        from exvideo_core.hosts.comfyui.tiles import Tiles, with_tiles
+        from exvideo_core.comfyui.apply.patch import with_memory
+        from exvideo_core.comfyui.low_memory.estimate import MemorySettings
+        from exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
 
         model = self._model
         if setting.offload_skips or setting.chunk_megabytes:
@@ -213,15 +213,15 @@ class Run:
         return out
 
     def _decode(self, setting: Decoding) -> None:
-        from exvideo_core.hosts.comfyui.pixels import decode
+        from exvideo_core.comfyui.vae.conditioning import decode
 
         latent = self._latent[: setting.chunk_frames] if self._first_chunk_only else self._latent
         decode(self._vae, latent, setting.chunk_frames, setting.overlap_frames, "smooth")
         _synchronize()
 
     def _save(self, setting: Decoding) -> None:
-        from exvideo_core.hosts.comfyui.pixels import decoded
-        from exvideo_core.video_file import VideoWriter
+        from exvideo_core.comfyui.vae.conditioning import decoded
+        from exvideo_core.video.writer import VideoWriter
 
         with tempfile.TemporaryDirectory() as folder, VideoWriter(Path(folder) / "clip.mp4", 30) as writer:
             for frames in decoded(self._vae, self._latent, setting.chunk_frames, setting.overlap_frames, "smooth"):

@@ -35,8 +35,8 @@ import comfy.utils  # noqa: E402
 
 import random_model  # noqa: E402
 import reference  # noqa: E402
-from exvideo_core import layouts  # noqa: E402
-from exvideo_core.extension import Extension  # noqa: E402
+from exvideo_core.method import tensor_names  # noqa: E402
+from exvideo_core.method.extension import Extension  # noqa: E402
 
 from . import plain_port  # noqa: E402
 
@@ -85,8 +85,8 @@ def shapes(kind: str, frames: int) -> tuple[dict[str, torch.Size], dict[str, tup
     config.set_inference_dtype(torch.float32, None)
     state = config.get_model({}, device="meta").diffusion_model.state_dict()
     base = {f"model.diffusion_model.{name}": value.shape for name, value in state.items()}
-    widths = [base[f"model.diffusion_model.{name}.norm.weight"][0] for name in layouts.SVD_TRANSFORMERS]
-    return base, layouts.extension_shapes(widths, CONTEXT, frames)
+    widths = [base[f"model.diffusion_model.{name}.norm.weight"][0] for name in tensor_names.SVD_TRANSFORMERS]
+    return base, tensor_names.extension_shapes(widths, CONTEXT, frames)
 
 
 def random_weights(
@@ -100,7 +100,7 @@ def random_weights(
         base = {
             n: random_model.random_weight(n[prefix:], shape, generator).to("cpu", dtype) for n, shape in found.items()
         }
-        widths = [base[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS]
+        widths = [base[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in tensor_names.SVD_TRANSFORMERS]
         extension = random_model.random_extension(widths, CONTEXT, frames, generator)
     return Weights(kind, base, {name: value.to("cpu", dtype) for name, value in extension.items()})
 
@@ -113,8 +113,8 @@ def ours(
     Args:
         fake: weights hold no values and cannot be moved, so only the layers are put in.
     """
-    from exvideo_core.hosts.comfyui.memory import MemorySettings
-    from exvideo_core.hosts.comfyui.patch import apply_extension, with_memory
+    from exvideo_core.comfyui.apply.patch import apply_extension, with_memory
+    from exvideo_core.comfyui.low_memory.estimate import MemorySettings
 
     dtype = next(iter(weights.base.values())).dtype
     config = _config(weights.kind)

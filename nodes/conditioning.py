@@ -97,7 +97,7 @@ class ExVideoConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         import torch
 
-        from ..exvideo_core.hosts.comfyui.pixels import condition
+        from ..exvideo_core.comfyui.vae.conditioning import condition
 
         positive, negative = condition(
             clip_vision,

@@ -39,7 +39,7 @@ class ExVideoCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name: str) -> io.NodeOutput:
-        from ..exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
+        from ..exvideo_core.comfyui.checkpoint.load import load_checkpoint
 
         return io.NodeOutput(*load_checkpoint(checkpoint_path(ckpt_name)))
 
@@ -71,6 +71,6 @@ class ExVideoLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, extension_name: str) -> io.NodeOutput:
-        from ..exvideo_core.extension import Extension
+        from ..exvideo_core.method.extension import Extension
 
         return io.NodeOutput(Extension.load(folder_paths.get_full_path_or_raise(KEY, extension_name)))

@@ -13,7 +13,7 @@ from .types import ExtensionSocket
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ..exvideo_core.extension import Extension
+    from ..exvideo_core.method.extension import Extension
 
 
 class ExVideoApply(io.ComfyNode):
@@ -58,7 +58,7 @@ class ExVideoApply(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher, extension: Extension, strength: float, positions: PositionMode
     ) -> io.NodeOutput:
-        from ..exvideo_core.hosts.comfyui.patch import apply_extension
+        from ..exvideo_core.comfyui.apply.patch import apply_extension
 
         return io.NodeOutput(apply_extension(model, extension, strength, positions))
 
@@ -97,7 +97,7 @@ class ExVideoMemory(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: ModelPatcher, chunk_megabytes: int, offload_skips: bool) -> io.NodeOutput:
-        from ..exvideo_core.hosts.comfyui.memory import MemorySettings
-        from ..exvideo_core.hosts.comfyui.patch import with_memory
+        from ..exvideo_core.comfyui.apply.patch import with_memory
+        from ..exvideo_core.comfyui.low_memory.estimate import MemorySettings
 
         return io.NodeOutput(with_memory(model, MemorySettings(chunk_megabytes, offload_skips)))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import VAE
 
-    from ..exvideo_core.extension import Extension
-    from ..exvideo_core.hosts.comfyui.recording import Recording
+    from ..exvideo_core.comfyui.sampling.recording import Recording
+    from ..exvideo_core.method.extension import Extension
 
 
 class ExVideoPlot(io.ComfyNode):
@@ -53,8 +53,8 @@ class ExVideoPlot(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, extension: Extension, block: int, base: ModelPatcher | None = None) -> io.NodeOutput:
-        from ..exvideo_core.charts import extension_chart
-        from ..exvideo_core.hosts.comfyui.looking import measure
+        from ..exvideo_core.comfyui.inspect import measure
+        from ..exvideo_core.video.charts import extension_chart
 
         image = _as_image(extension_chart(extension, measure(extension, base), block - 1))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
@@ -91,7 +91,7 @@ class ExVideoRecord(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: ModelPatcher, steps: int) -> io.NodeOutput:
-        from ..exvideo_core.hosts.comfyui.recording import recorded
+        from ..exvideo_core.comfyui.sampling.recording import recorded
 
         return io.NodeOutput(*recorded(model, steps))
 
@@ -134,7 +134,7 @@ class ExVideoContactSheet(io.ComfyNode):
     def execute(
         cls, vae: VAE, latent: dict[str, Any], frames: int, edge: int, recording: Recording | None = None
     ) -> io.NodeOutput:
-        from ..exvideo_core.hosts.comfyui.looking import sheet
+        from ..exvideo_core.comfyui.inspect import sheet
 
         image = _as_image(sheet(vae, latent["samples"], recording, frames, edge))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
@@ -174,7 +174,7 @@ class ExVideoCompare(io.ComfyNode):
         first_label: str = "",
         second_label: str = "",
     ) -> io.NodeOutput:
-        from ..exvideo_core.charts import beside
+        from ..exvideo_core.video.charts import beside
 
         return io.NodeOutput(beside(first, second, (first_label, second_label), direction))
 

@@ -14,7 +14,7 @@ from .types import MAX_FRAMES, ExtensionSocket
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ..exvideo_core.extension import Extension
+    from ..exvideo_core.method.extension import Extension
 
 
 class ExVideoInit(io.ComfyNode):
@@ -47,7 +47,7 @@ class ExVideoInit(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: ModelPatcher, frames: int) -> io.NodeOutput:
-        from ..exvideo_core.hosts.comfyui.create import untrained_extension
+        from ..exvideo_core.comfyui.apply.create import untrained_extension
 
         return io.NodeOutput(untrained_extension(model, frames))
 
@@ -82,7 +82,7 @@ class ExVideoSave(io.ComfyNode):
     def execute(cls, extension: Extension, filename_prefix: str, dtype: str) -> io.NodeOutput:
         import torch
 
-        from ..exvideo_core.output_file import explained
+        from ..exvideo_core.files.output_file import explained
 
         types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
         root = folder_paths.get_output_directory()

@@ -87,9 +87,9 @@ class ExVideoSaveVideo(io.ComfyNode):
         filename_prefix: str,
         blend: Blend = "smooth",
     ) -> io.NodeOutput:
-        from ..exvideo_core.hosts.comfyui.pixels import decoded
-        from ..exvideo_core.output_file import explained
-        from ..exvideo_core.video_file import VideoWriter
+        from ..exvideo_core.comfyui.vae.conditioning import decoded
+        from ..exvideo_core.files.output_file import explained
+        from ..exvideo_core.video.writer import VideoWriter
 
         refuse(check_chunks(chunk_frames, overlap_frames))
         samples = latent["samples"]

@@ -11,9 +11,9 @@ from .demo import next_target, probe, quickstart
 def main() -> int:
     import torch
 
-    from exvideo_core.extension import Extension
-    from exvideo_core.hosts.diffusers import checkpoint, patch
-    from exvideo_core.hosts.diffusers.sampling import make_clip
+    from exvideo_core.diffusers import checkpoint, patch
+    from exvideo_core.diffusers.sampling import make_clip
+    from exvideo_core.method.extension import Extension
     from exvideo_core.post_tuning.videos import write_video
     from small_model import recipe, world
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from exvideo_core.hosts.diffusers.sampling import decode, make_clip
+from exvideo_core.diffusers.sampling import decode, make_clip
 from exvideo_core.post_tuning.loss import denoise
 from exvideo_core.post_tuning.samples import Encoder
 
 from . import measure, world
 
 if TYPE_CHECKING:
-    from exvideo_core.hosts.diffusers.checkpoint import SVD
+    from exvideo_core.diffusers.checkpoint import SVD
 
 FPS = 30
 STEPS = 8  # denoising steps of a clip

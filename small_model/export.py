@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from exvideo_core.hosts.diffusers import checkpoint
+from exvideo_core.diffusers import checkpoint
 
 
 def main() -> None:

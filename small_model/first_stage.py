@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from exvideo_core.imaging import clip_pixels
+from exvideo_core.video.images import clip_pixels
 
 from . import world
 

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     import torch
     from comfy.model_patcher import ModelPatcher
 
-    from exvideo_core.extension import Extension
+    from exvideo_core.method.extension import Extension
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 def extension() -> Extension:
-    from exvideo_core.extension import Extension
+    from exvideo_core.method.extension import Extension
     from small_model import recipe
 
     return Extension.load(recipe.EXTENSION)
@@ -75,8 +75,8 @@ def main(host: str, applies: int) -> None:
         import torch
 
         enable_dynamic_vram()
-        from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-        from exvideo_core.hosts.comfyui.patch import apply_extension
+        from exvideo_core.comfyui.apply.patch import apply_extension
+        from exvideo_core.comfyui.checkpoint.load import load_checkpoint
         from small_model import recipe
 
         with torch.inference_mode():

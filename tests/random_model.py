@@ -50,11 +50,11 @@ def make(models: Path, seed: int = 0, frames: int = 128) -> tuple[Path, Path]:
     import torch
     from safetensors.torch import save_file
 
-    from exvideo_core import layouts
+    from exvideo_core.method import tensor_names
 
     generator = torch.Generator().manual_seed(seed)
     tensors = _checkpoint(generator)
-    widths = [tensors[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in layouts.SVD_TRANSFORMERS]
+    widths = [tensors[f"model.diffusion_model.{name}.norm.weight"].shape[0] for name in tensor_names.SVD_TRANSFORMERS]
     extension = random_extension(widths, CONTEXT, frames, generator)
     metadata = {
         "exvideo.num_head_channels": str(HEAD_CHANNELS),
@@ -72,15 +72,15 @@ def random_extension(widths, context_dim, frames, generator):  # noqa: ANN001, A
     """An extension near identity, named and shaped as published, in float32."""
     import torch
 
-    from exvideo_core import layouts
+    from exvideo_core.method import tensor_names
 
     tensors = {}
-    for name, shape in layouts.extension_shapes(widths, context_dim, frames).items():
+    for name, shape in tensor_names.extension_shapes(widths, context_dim, frames).items():
         tensors[name] = random_weight(name, shape, generator)
-        if name.endswith(layouts.CONV_WEIGHT):
+        if name.endswith(tensor_names.CONV_WEIGHT):
             tensors[name] *= 0.3
             tensors[name][:, :, 1, 1, 1] += torch.eye(shape[0])
-        elif name.endswith(layouts.POSITIONS):
+        elif name.endswith(tensor_names.POSITIONS):
             tensors[name] = torch.randn(shape, generator=generator)
     return tensors
 

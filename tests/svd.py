@@ -15,7 +15,7 @@ import torch
 
 import random_model
 import reference
-from exvideo_core.extension import Extension
+from exvideo_core.method.extension import Extension
 
 #: Widths 64, 128, 256, 256: a fifth of SVD's, with its heads of 64 and its context of 1024.
 DIVISOR = 5

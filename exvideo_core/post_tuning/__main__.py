@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from ..safetensors_header import ModelFileError
+from ..files.safetensors_header import ModelFileError
 from .config import ConfigError, parse
 
 #: What the training needs beyond the pack itself -> how to install it.

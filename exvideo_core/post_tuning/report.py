@@ -13,7 +13,7 @@ from .samples import write_atomically
 from .videos import Video, read_window, write_video
 
 if TYPE_CHECKING:
-    from ..hosts.diffusers.checkpoint import SVD
+    from ..diffusers.checkpoint import SVD
 
 _COLUMNS = ("step", "error", "loss", "gradient_norm", "learning_rate")
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Report:
 
     def sample(self, step: int, svd: SVD, video: Video) -> None:
         """Make a clip from a training video's first frame with the weights as they are now."""
-        from ..hosts.diffusers.sampling import make_clip
+        from ..diffusers.sampling import make_clip
 
         config = self.config
         picture = read_window(video.path, 0, 1, 1, config.width, config.height)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..imaging import clip_pixels
+from ..video.images import clip_pixels
 from .config import Config, ConfigError
 from .loss import RAMP_STEPS, sigma_ramp
 from .motion import motion_bucket

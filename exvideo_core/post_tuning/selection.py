@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..extension import Extension
-from ..hosts.diffusers.names import TRANSFORMERS
-from ..hosts.diffusers.patch import SHARED, base_weights, sizes
+from ..diffusers.names import TRANSFORMERS
+from ..diffusers.patch import SHARED, base_weights, sizes
+from ..method.extension import Extension
 
 if TYPE_CHECKING:
     from diffusers import UNetSpatioTemporalConditionModel

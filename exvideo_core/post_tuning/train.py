@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 
-from ..extension import Extension
-from ..hosts.diffusers import checkpoint, patch
+from ..diffusers import checkpoint, patch
+from ..method.extension import Extension
 from . import state
 from .config import Config, ConfigError
 from .loss import denoise, post_tuning_loss

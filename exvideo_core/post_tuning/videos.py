@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..imaging import fit
-from ..video_file import VideoWriter
+from ..video.images import fit
+from ..video.writer import VideoWriter
 from .config import ConfigError
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import svd
-from exvideo_core.hosts.comfyui.patch import apply_extension
+from exvideo_core.comfyui.apply.patch import apply_extension
 
 CUDA, CPU = torch.device("cuda", torch.cuda.current_device()), torch.device("cpu")
 #: On a simulated card, which a CPU computes, less has to do.
@@ -86,8 +86,8 @@ def test_partial_loading_on_the_gpu(part: float, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_call_keeps_to_its_estimate_and_its_result(offload: bool) -> None:
     """The memory that the host is told of covers what a call takes, with skip tensors on the card or off it."""
-    from exvideo_core.hosts.comfyui.memory import MemorySettings
-    from exvideo_core.hosts.comfyui.patch import with_memory
+    from exvideo_core.comfyui.apply.patch import with_memory
+    from exvideo_core.comfyui.low_memory.estimate import MemorySettings
 
     dtype = torch.float16
     pair = svd.make_pair(dtype)
@@ -112,8 +112,8 @@ def test_a_call_keeps_to_its_estimate_and_its_result(offload: bool) -> None:
 
 def test_offloaded_skips_arrive_in_time() -> None:
     """Copies run beside the computation: over many calls, none is read before it is there."""
-    from exvideo_core.hosts.comfyui.memory import MemorySettings
-    from exvideo_core.hosts.comfyui.patch import with_memory
+    from exvideo_core.comfyui.apply.patch import with_memory
+    from exvideo_core.comfyui.low_memory.estimate import MemorySettings
 
     dtype = torch.float16
     pair = svd.make_pair(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import stages
-from exvideo_core.hosts.comfyui.memory import MemorySettings
+from exvideo_core.comfyui.low_memory.estimate import MemorySettings
 from runner import help_pages
 
 

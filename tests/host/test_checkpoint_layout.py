@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import random_model
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.checkpoint_layout import CLIP, UNET, VAE, converted_clip, read_sizes
-from exvideo_core.safetensors_header import ModelFileError, read_header
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.comfyui.checkpoint.validate import CLIP, UNET, VAE, converted_clip, read_sizes
+from exvideo_core.files.safetensors_header import ModelFileError, read_header
 
 
 def reference_names(module: str, prefix: str) -> set[str]:

@@ -7,9 +7,9 @@ import torch
 
 import svd
 from composition import CASES, Case, sample, unchanged
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.patch import apply_extension
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.method.extension import Extension
 
 
 class Models:

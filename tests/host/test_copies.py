@@ -10,13 +10,13 @@ import comfy.sample
 import pytest
 import torch
 
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.memory import MemorySettings
-from exvideo_core.hosts.comfyui.patch import apply_extension, with_memory
-from exvideo_core.hosts.comfyui.recording import recorded
-from exvideo_core.hosts.comfyui.tiles import Tiles, with_tiles
-from exvideo_core.hosts.comfyui.windows import Windows, with_windows
+from exvideo_core.comfyui.apply.patch import apply_extension, with_memory
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.comfyui.low_memory.estimate import MemorySettings
+from exvideo_core.comfyui.sampling.recording import recorded
+from exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
+from exvideo_core.comfyui.sampling.windows import Windows, with_windows
+from exvideo_core.method.extension import Extension
 
 #: What follows ExVideo Apply.
 WAYS = {

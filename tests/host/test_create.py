@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svd
-from exvideo_core import layouts
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.create import untrained_extension
-from exvideo_core.hosts.comfyui.patch import apply_extension
-from exvideo_core.positions import sinusoidal
+from exvideo_core.comfyui.apply.create import untrained_extension
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.method import tensor_names
+from exvideo_core.method.extension import Extension
+from exvideo_core.method.positions import sinusoidal
 from runner.environment import own_python
 from runner.hosts import PACK
 from small_model import recipe
@@ -41,7 +41,7 @@ def test_untrained_holds_the_base_whatever_is_loaded_or_patched(base, small_mode
     sample, context, ids = inputs(4)
     svd.call_host(apply_extension(changed, Extension.load(small_models[1])), sample, 0.5, context, ids)
     extension = untrained_extension(changed, 30)
-    for name, block in zip(layouts.SVD_TRANSFORMERS, extension.blocks, strict=True):
+    for name, block in zip(tensor_names.SVD_TRANSFORMERS, extension.blocks, strict=True):
         for tensor, value in block.shared.items():
             expected = stored[f"model.diffusion_model.{name}.{tensor}"]
             assert value.float().equal(expected.float()), (name, tensor)
@@ -71,8 +71,8 @@ def test_saved_and_loaded_to_the_bit(base, tmp_path) -> None:
 _DIFFUSERS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.diffusers import checkpoint, patch
+from exvideo_core.method.extension import Extension
+from exvideo_core.diffusers import checkpoint, patch
 base, extension, given, out = sys.argv[1:]
 svd = checkpoint.load(base)
 unet = svd.unet

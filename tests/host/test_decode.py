@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import svd
-from exvideo_core import chunks
 from exvideo_core.choices import CODECS, Blend
-from exvideo_core.hosts.comfyui import decoder, pixels
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.skips import HostBuffers
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.comfyui.low_memory import budget as chunks
+from exvideo_core.comfyui.low_memory.skip_connections import HostBuffers
+from exvideo_core.comfyui.vae import chunked_decoder as decoder
+from exvideo_core.comfyui.vae import conditioning
 from runner.hosts import PACK
 from small_model import recipe, world
 
@@ -42,7 +43,7 @@ def test_free_memory_does_not_change_the_pictures(vae, monkeypatch) -> None:
     found = []
     for free in (1, 2**40):
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, f=free, **__: f)
-        found.append(pixels.decode(vae, given, 8, 4, "smooth"))
+        found.append(conditioning.decode(vae, given, 8, 4, "smooth"))
     assert found[0].equal(found[1])
 
 
@@ -69,8 +70,8 @@ def test_the_chunks_of_a_clip_share_pinned_memory(vae, monkeypatch) -> None:
     def count(frames: int) -> int:
         pinned.clear()
         buffers = HostBuffers(lambda buffer: not pinned.append(buffer.nbytes), lambda buffer: None)
-        monkeypatch.setattr(pixels, "buffers_for", lambda device: buffers)
-        pixels.decode(vae, latents(frames), 8, 4, "smooth")
+        monkeypatch.setattr(conditioning, "buffers_for", lambda device: buffers)
+        conditioning.decode(vae, latents(frames), 8, 4, "smooth")
         return len(pinned)
 
     monkeypatch.setattr(decoder, "_most", lambda device: 0.0)
@@ -104,17 +105,17 @@ def test_a_card_that_refuses_is_asked_once_more_for_less(vae, monkeypatch) -> No
 @pytest.mark.parametrize(("frames", "size", "overlap"), [(1, 8, 4), (8, 8, 4), (13, 8, 4), (13, 5, 4), (9, 3, 0)])
 def test_chunks_are_blended_as_weighted_sums(vae, frames, size, overlap, blend) -> None:
     """Every chunk times its weights, summed and divided by their sum; frames come out once and in order."""
-    from exvideo_core import imaging
+    from exvideo_core.video import images
 
     given = latents(frames)
     total, weight = 0.0, torch.zeros(frames, 1, 1, 1)
-    for start, end in imaging.chunks(frames, size, overlap):
-        shares = imaging.blend_weights(start, end, frames, overlap, blend).view(-1, 1, 1, 1)
+    for start, end in images.chunks(frames, size, overlap):
+        shares = images.blend_weights(start, end, frames, overlap, blend).view(-1, 1, 1, 1)
         part = torch.zeros(frames, 64, 96, 3)
         part[start:end] = decoder.decode_chunk(vae, given[start:end]) * shares
         total = total + part
         weight[start:end] += shares
-    torch.testing.assert_close(pixels.decode(vae, given, size, overlap, blend), total / weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(conditioning.decode(vae, given, size, overlap, blend), total / weight, rtol=0, atol=1e-5)
 
 
 def pan(picture: str) -> torch.Tensor:
@@ -139,11 +140,11 @@ def test_no_seam_shows_between_chunks(picture: str) -> None:
     def steps(clip: torch.Tensor) -> torch.Tensor:
         return (clip[1:] - clip[:-1]).abs().mean(dim=(1, 2, 3))
 
-    whole = steps(pixels.decode(vae, given, 96, 0, "smooth"))
+    whole = steps(conditioning.decode(vae, given, 96, 0, "smooth"))
 
     def at_worst(size: int, overlap: int, blend: Blend) -> float:
         """Largest mean step of a place in the pattern of chunks over that of all, the clip's own motion taken out."""
-        found = steps(pixels.decode(vae, given, size, overlap, blend))
+        found = steps(conditioning.decode(vae, given, size, overlap, blend))
         stride = size - overlap
         places = torch.stack([found[at::stride].mean() / whole[at::stride].mean() for at in range(stride)])
         return (places.max() / places.mean()).item()
@@ -173,7 +174,7 @@ def test_a_file_has_the_frame_rate_that_was_asked_for(tmp_path: Path, fps: float
     import av
     import numpy as np
 
-    from exvideo_core.video_file import VideoWriter, frame_rate
+    from exvideo_core.video.writer import VideoWriter, frame_rate
 
     assert frame_rate(fps) == rate
     clip = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
@@ -193,7 +194,7 @@ def test_a_file_has_the_frame_rate_that_was_asked_for(tmp_path: Path, fps: float
 
 @pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0, -1])
 def test_a_file_of_no_frame_rate_is_refused(tmp_path: Path, fps: float) -> None:
-    from exvideo_core.video_file import VideoWriter
+    from exvideo_core.video.writer import VideoWriter
 
     with pytest.raises(ValueError, match=rf"fps \({fps}\) has to be a positive number"):
         VideoWriter(tmp_path / "clip.mp4", fps)
@@ -203,7 +204,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     import av
     import numpy as np
 
-    from exvideo_core.video_file import VideoWriter
+    from exvideo_core.video.writer import VideoWriter
 
     clip = np.random.default_rng(0).integers(0, 256, (6, 64, 80, 3), dtype=np.uint8)
     for name, codec in CODECS.items():

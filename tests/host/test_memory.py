@@ -14,12 +14,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 import svd
-from exvideo_core import chunks
-from exvideo_core.hosts.comfyui.memory import MemorySettings
-from exvideo_core.hosts.comfyui.patch import apply_extension, with_memory
-from exvideo_core.hosts.comfyui.resblock import BoundedDownsample, BoundedResBlock, BoundedUpsample
-from exvideo_core.hosts.comfyui.transformer import ExtendedVideoTransformer
-from exvideo_core.skips import HostBuffers, Joined, Skip
+from exvideo_core.comfyui.apply.patch import apply_extension, with_memory
+from exvideo_core.comfyui.apply.transformer import ExtendedVideoTransformer
+from exvideo_core.comfyui.low_memory import budget as chunks
+from exvideo_core.comfyui.low_memory.estimate import MemorySettings
+from exvideo_core.comfyui.low_memory.res_blocks import BoundedDownsample, BoundedResBlock, BoundedUpsample
+from exvideo_core.comfyui.low_memory.skip_connections import HostBuffers, Joined, Skip
 
 FRAMES, HEIGHT, WIDTH = 7, 12, 20
 #: One frame or row at a time, odd numbers of them, and more than there is.

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 import random_model
 import svd
 from composition import lora, node
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.patch import apply_extension
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.method.extension import Extension
 
 ROUNDING = 1e-4
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import svd
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.patch import apply_extension
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.method.extension import Extension
 
 pytestmark = pytest.mark.skipif(
     not hasattr(comfy.model_patcher.ModelPatcher, "deepclone_multigpu"),

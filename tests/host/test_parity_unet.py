@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import svd
-from exvideo_core.hosts.comfyui.patch import apply_extension
+from exvideo_core.comfyui.apply.patch import apply_extension
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from comfy.patcher_extension import WrappersMP
 
 import svd
 from composition import CASES, hook_lora, lora, noise_of, sample
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.patch import apply_extension
-from exvideo_core.hosts.comfyui.tiles import Tiles, with_tiles
-from exvideo_core.hosts.comfyui.windows import Windows, with_windows
-from exvideo_core.windows import hold_weights, spans
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
+from exvideo_core.comfyui.sampling.windows import Windows, with_windows
+from exvideo_core.method.extension import Extension
+from exvideo_core.video.windows import hold_weights, spans
 
 FRAMES, WINDOW, OVERLAP = 10, 6, 2
 SEQUENTIAL, FLAT = Windows(WINDOW, OVERLAP, "sequential"), Windows(WINDOW, OVERLAP, "flat")

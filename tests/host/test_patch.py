@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 import svd
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.memory import MemorySettings
-from exvideo_core.hosts.comfyui.patch import apply_extension, with_memory
-from exvideo_core.safetensors_header import ModelFileError
+from exvideo_core.comfyui.apply.patch import apply_extension, with_memory
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.comfyui.low_memory.estimate import MemorySettings
+from exvideo_core.files.safetensors_header import ModelFileError
+from exvideo_core.method.extension import Extension
 
 CPU = torch.device("cpu")
 

@@ -6,13 +6,13 @@ import comfy.sample
 import pytest
 import torch
 
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.looking import measure, sheet
-from exvideo_core.hosts.comfyui.patch import apply_extension
-from exvideo_core.hosts.comfyui.pixels import decode
-from exvideo_core.hosts.comfyui.recording import Recording, recorded
-from exvideo_core.hosts.comfyui.windows import Windows, with_windows
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.comfyui.inspect import measure, sheet
+from exvideo_core.comfyui.sampling.recording import Recording, recorded
+from exvideo_core.comfyui.sampling.windows import Windows, with_windows
+from exvideo_core.comfyui.vae.conditioning import decode
+from exvideo_core.method.extension import Extension
 
 FRAMES, STEPS = 8, 6
 

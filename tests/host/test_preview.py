@@ -15,9 +15,9 @@ import torch
 from comfy.latent_formats import SD15
 
 import svd
-from exvideo_core.hosts.comfyui import preview
-from exvideo_core.hosts.comfyui.patch import apply_extension
-from exvideo_core.hosts.comfyui.preview import Player
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.sampling import preview
+from exvideo_core.comfyui.sampling.preview import Player
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from exvideo_core.choices import CODECS
-from exvideo_core.output_file import OutputFileError
-from exvideo_core.video_file import VideoWriter
+from exvideo_core.files.output_file import OutputFileError
+from exvideo_core.video.writer import VideoWriter
 from runner.hosts import Host
 from runner.server import Result, Server
 from small_model import recipe

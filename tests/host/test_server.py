@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import random_model
-from exvideo_core.extension import Extension
+from exvideo_core.method.extension import Extension
 from runner.hosts import Host
 from runner.prompts import quick, quickstart, to_file, unpatched
 from runner.server import Server

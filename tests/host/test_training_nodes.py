@@ -11,9 +11,9 @@ import torch
 
 import svd
 from composition import conditioning, node, noise_of
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.comfyui.checkpoint import load_checkpoint
-from exvideo_core.hosts.comfyui.patch import apply_extension
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.method.extension import Extension
 
 SETTINGS = {
     "batch_size": 4, "steps": 2, "grad_accumulation_steps": 1, "learning_rate": 1e-3, "rank": 2, "optimizer": "AdamW",

@@ -10,10 +10,10 @@ from comfy.patcher_extension import WrappersMP
 
 import svd
 from exvideo_core.choices import ANCHORS, FUSES
-from exvideo_core.hosts.comfyui.patch import apply_extension
-from exvideo_core.hosts.comfyui.tiles import Tiles, with_tiles
-from exvideo_core.hosts.comfyui.windows import Windows, with_windows
-from exvideo_core.windows import fuse_weights, hold_weights, spans
+from exvideo_core.comfyui.apply.patch import apply_extension
+from exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
+from exvideo_core.comfyui.sampling.windows import Windows, with_windows
+from exvideo_core.video.windows import fuse_weights, hold_weights, spans
 
 FRAMES, SIZE = 13, 8
 WINDOW, OVERLAP = 6, 2

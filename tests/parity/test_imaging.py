@@ -7,7 +7,8 @@ import torch
 from einops import rearrange, repeat
 
 import reference
-from exvideo_core import imaging, layouts, positions
+from exvideo_core.method import positions, tensor_names
+from exvideo_core.video import images
 
 
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (576, 1024), (300, 451), (224, 224), (128, 96)])
@@ -17,7 +18,7 @@ def test_clip_pixels(height: int, width: int) -> None:
     pixels = processor.resize_with_antialiasing(image.movedim(-1, 1) * 2 - 1, (224, 224))
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(1, 3, 1, 1)
-    torch.testing.assert_close(imaging.clip_pixels(image), ((pixels + 1) / 2 - mean) / std, rtol=0, atol=2e-5)
+    torch.testing.assert_close(images.clip_pixels(image), ((pixels + 1) / 2 - mean) / std, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -28,13 +29,13 @@ def test_normalize_latents(normalize: bool) -> None:
     pipeline = reference.method_holder("pipelines.svd_video", "SVDVideoPipeline", scope)
     latents = torch.randn(9, 4, 6, 5) * torch.rand(9, 1, 1, 1) + torch.randn(9, 1, 1, 1)
     expected = pipeline.post_process_latents(None, latents.clone(), normalize, 1.2)
-    torch.testing.assert_close(imaging.normalize_latents(latents, normalize, 1.2), expected)
+    torch.testing.assert_close(images.normalize_latents(latents, normalize, 1.2), expected)
 
 
 def test_normalize_of_a_constant_frame_is_finite() -> None:
     latents = torch.randn(3, 4, 4, 4)
     latents[1] = 0.5
-    assert imaging.normalize_latents(latents, True, 1.0).isfinite().all()
+    assert images.normalize_latents(latents, True, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("frames", [1, 7, 8, 9, 12, 13, 40, 128])
@@ -57,8 +58,8 @@ def test_chunks_and_blending(frames: int) -> None:
 
     video = torch.zeros_like(expected)
     total = torch.zeros(frames, 1, 1, 1)
-    for start, end in imaging.chunks(frames, 8, 4):
-        weights = imaging.blend_weights(start, end, frames, 4, "linear").view(-1, 1, 1, 1)
+    for start, end in images.chunks(frames, 8, 4):
+        weights = images.blend_weights(start, end, frames, 4, "linear").view(-1, 1, 1, 1)
         video[start:end] += Decoder().forward(latents[start:end].movedim(0, 1)).movedim(0, 1) * weights
         total[start:end] += weights
     torch.testing.assert_close(video / total, expected)
@@ -66,7 +67,7 @@ def test_chunks_and_blending(frames: int) -> None:
 
 def test_overlap_has_to_leave_a_step() -> None:
     with pytest.raises(ValueError, match="overlap_frames"):
-        list(imaging.chunks(10, 4, 4))
+        list(images.chunks(10, 4, 4))
 
 
 def test_untrained_positions_are_the_references() -> None:
@@ -80,10 +81,10 @@ def test_layout_is_the_references() -> None:
     svd_unet = reference.narrow_unet(5)
     unet = svd_unet.SVDUNet(add_positional_conv=40)
     temporal = [i for i, block in enumerate(unet.blocks) if type(block).__name__ == "TemporalAttentionBlock"]
-    assert tuple(temporal) == layouts.BLOCK_IDS
+    assert tuple(temporal) == tensor_names.BLOCK_IDS
     theirs = {f"blocks.{i}.{n}": tuple(v.shape) for i in temporal for n, v in unet.blocks[i].state_dict().items()}
     widths = [unet.blocks[i].norm_in.weight.shape[0] for i in temporal]
-    assert theirs == layouts.extension_shapes(widths, 1024, 40)
+    assert theirs == tensor_names.extension_shapes(widths, 1024, 40)
 
 
 def test_shared_tensors_are_where_the_reference_puts_them() -> None:
@@ -91,12 +92,12 @@ def test_shared_tensors_are_where_the_reference_puts_them() -> None:
     svd_unet = reference.narrow_unet(5)
     names = [
         f"model.diffusion_model.{transformer}.{svd}"
-        for transformer in layouts.SVD_TRANSFORMERS
-        for svd in layouts.SHARED_TENSORS.values()
+        for transformer in tensor_names.SVD_TRANSFORMERS
+        for svd in tensor_names.SHARED_TENSORS.values()
     ]
     numbered = {name: torch.full((1, 1), float(number)) for number, name in enumerate(names)}
     converted = svd_unet.SVDUNet.state_dict_converter().from_civitai(numbered)
-    for transformer, block in zip(layouts.SVD_TRANSFORMERS, layouts.BLOCK_IDS, strict=True):
-        for ours, svd in layouts.SHARED_TENSORS.items():
+    for transformer, block in zip(tensor_names.SVD_TRANSFORMERS, tensor_names.BLOCK_IDS, strict=True):
+        for ours, svd in tensor_names.SHARED_TENSORS.items():
             expected = numbered[f"model.diffusion_model.{transformer}.{svd}"]
             assert converted[f"blocks.{block}.{ours}"].equal(expected), (block, ours)

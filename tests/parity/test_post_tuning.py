@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import reference
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.diffusers import names, patch
+from exvideo_core.diffusers import names, patch
+from exvideo_core.method.extension import Extension
 from exvideo_core.post_tuning import loss
 from exvideo_core.post_tuning.selection import select, untrained
 

@@ -16,7 +16,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from exvideo_core.hosts.diffusers.checkpoint import SVD, save
+    from exvideo_core.diffusers.checkpoint import SVD, save
 
     torch.manual_seed(0)
     unet = UNetSpatioTemporalConditionModel(

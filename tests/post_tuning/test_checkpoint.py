@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exvideo_core.extension import Extension
-from exvideo_core.hosts.diffusers import checkpoint, patch
+from exvideo_core.diffusers import checkpoint, patch
+from exvideo_core.files.safetensors_header import ModelFileError, read_header
+from exvideo_core.method.extension import Extension
 from exvideo_core.post_tuning.selection import untrained
-from exvideo_core.safetensors_header import ModelFileError, read_header
 
 
 def test_file_to_diffusers_and_back_is_exact(base: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_motion_buckets_are_the_thresholds() -> None:
 
 
 def test_samples_do_not_depend_on_what_came_before(base: Path, videos: Path, tmp_path: Path) -> None:
-    from exvideo_core.hosts.diffusers import checkpoint
+    from exvideo_core.diffusers import checkpoint
     from exvideo_core.post_tuning.config import parse
     from exvideo_core.post_tuning.loss import sigma_ramp
     from exvideo_core.post_tuning.samples import Encoder, Samples, fill_cache

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from exvideo_core.extension import Extension
+from exvideo_core.method.extension import Extension
 from training_run import Run
 
 KILLS = 20

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from exvideo_core import layouts
-from exvideo_core.charts import beside, contact_sheet, extension_chart
-from exvideo_core.distances import distances
-from exvideo_core.extension import Extension
+from exvideo_core.method import tensor_names
+from exvideo_core.method.distances import distances
+from exvideo_core.method.extension import Extension
+from exvideo_core.video.charts import beside, contact_sheet, extension_chart
 
 WIDTH, FRAMES = 8, 30
 
@@ -19,10 +19,10 @@ WIDTH, FRAMES = 8, 30
 @pytest.fixture(scope="module")
 def base() -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    shapes = layouts.extension_shapes([WIDTH] * 16, 6, FRAMES)
+    shapes = tensor_names.extension_shapes([WIDTH] * 16, 6, FRAMES)
     return [
-        {svd: torch.randn(shapes[f"blocks.{block}.{ours}"]) for ours, svd in layouts.SHARED_TENSORS.items()}
-        for block in layouts.BLOCK_IDS
+        {svd: torch.randn(shapes[f"blocks.{block}.{ours}"]) for ours, svd in tensor_names.SHARED_TENSORS.items()}
+        for block in tensor_names.BLOCK_IDS
     ]
 
 
@@ -36,11 +36,11 @@ def test_distances_are_relative_to_the_start(base) -> None:
     tensors = {
         name: tensor.clone() for name, tensor in Extension.untrained(base, [WIDTH] * 16, FRAMES).tensors().items()
     }
-    block = layouts.BLOCK_IDS[3]
-    for ours in layouts.SHARED_TENSORS:
+    block = tensor_names.BLOCK_IDS[3]
+    for ours in tensor_names.SHARED_TENSORS:
         tensors[f"blocks.{block}.{ours}"] *= 1.25
-    tensors[f"blocks.{block}.{layouts.CONV_WEIGHT}"][0, 1, 2, 0, 0] = 3.0
-    tensors[f"blocks.{block}.{layouts.POSITIONS}"] *= -1
+    tensors[f"blocks.{block}.{tensor_names.CONV_WEIGHT}"][0, 1, 2, 0, 0] = 3.0
+    tensors[f"blocks.{block}.{tensor_names.POSITIONS}"] *= -1
     found = list(distances(Extension.from_tensors("made", tensors), base))
     assert found[3].weights == pytest.approx(0.25)
     assert found[3].convolution == pytest.approx(3 / math.sqrt(WIDTH))
@@ -53,7 +53,7 @@ def test_a_chart_shows_the_tables_rows(base) -> None:
     tensors = Extension.untrained(base, [WIDTH] * 16, FRAMES).tensors()
     table = torch.ones(FRAMES, WIDTH)
     table[FRAMES // 2 :] = -1  # the first half warm, the second cold
-    tensors[f"blocks.{layouts.BLOCK_IDS[5]}.{layouts.POSITIONS}"] = table
+    tensors[f"blocks.{tensor_names.BLOCK_IDS[5]}.{tensor_names.POSITIONS}"] = table
     extension = Extension.from_tensors("made", tensors)
     pixels = np.asarray(extension_chart(extension, list(distances(extension)), 5)).astype(int)
     redder = pixels[..., 0] - pixels[..., 2]

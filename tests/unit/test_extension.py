@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exvideo_core import layouts
-from exvideo_core.extension import Extension
-from exvideo_core.safetensors_header import ModelFileError
+from exvideo_core.files.safetensors_header import ModelFileError
+from exvideo_core.method import tensor_names
+from exvideo_core.method.extension import Extension
 
 WIDTHS = [8] * 16
 FULL_WIDTHS = [320, 320, 640, 640, *[1280] * 6, 640, 640, 640, 320, 320, 320]
@@ -20,7 +20,7 @@ FULL_WIDTHS = [320, 320, 640, 640, *[1280] * 6, 640, 640, 640, 320, 320, 320]
 
 def tensors(frames: int = 7, widths: list[int] = WIDTHS, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return {n: torch.randn(s).to(dtype) for n, s in layouts.extension_shapes(widths, 6, frames).items()}
+    return {n: torch.randn(s).to(dtype) for n, s in tensor_names.extension_shapes(widths, 6, frames).items()}
 
 
 def save(content: dict[str, torch.Tensor], path: Path) -> Path:
@@ -38,10 +38,10 @@ def refused(path: Path, *parts: str) -> None:
 
 
 def test_full_width_layout_is_the_published_one() -> None:
-    shapes = layouts.extension_shapes(FULL_WIDTHS, 1024, 128)
+    shapes = tensor_names.extension_shapes(FULL_WIDTHS, 1024, 128)
     assert len(shapes) == 528
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 832_956_800
-    assert layouts.layout_md5(shapes) == "9a4ab6869ac9b7d6e31f9854e397c867"
+    assert tensor_names.layout_md5(shapes) == "9a4ab6869ac9b7d6e31f9854e397c867"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

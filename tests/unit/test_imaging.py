@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exvideo_core import charts, imaging
+from exvideo_core.video import charts, images
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pictures_of_any_type_and_kind_are_taken(dtype: torch.dtype, channels: int) -> None:
     image = torch.rand(2, 10, 14, channels)
-    made = imaging.fit(image.to(dtype), 8, 8)
+    made = images.fit(image.to(dtype), 8, 8)
     assert made.dtype == torch.float32 and made.shape == (2, 8, 8, 3)
     whole = image[..., :3] if channels > 1 else image.repeat(1, 1, 1, 3)
-    assert (made - imaging.fit(whole, 8, 8)).abs().max() < 4 * torch.finfo(dtype).eps
+    assert (made - images.fit(whole, 8, 8)).abs().max() < 4 * torch.finfo(dtype).eps
     assert charts.beside(image.to(dtype), torch.rand(1, 6, 6, 3).to(dtype)).dtype == torch.float32
 
 
@@ -31,7 +31,7 @@ def test_pictures_of_any_type_and_kind_are_taken(dtype: torch.dtype, channels: i
 )
 def test_pictures_that_are_none_are_refused(image: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        imaging.fit(image, 8, 8)
+        images.fit(image, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_pictures_that_are_none_are_refused(image: torch.Tensor, message: str) -
 )
 def test_latents_of_other_models_are_refused(samples: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        imaging.check_latents(samples, 4)
+        images.check_latents(samples, 4)

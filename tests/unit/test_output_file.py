@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from exvideo_core import layouts
-from exvideo_core.extension import Extension
-from exvideo_core.output_file import OutputFileError, begin, discard, explained, finish
+from exvideo_core.files.output_file import OutputFileError, begin, discard, explained, finish
+from exvideo_core.method import tensor_names
+from exvideo_core.method.extension import Extension
 
 
 @pytest.fixture(scope="module")
 def extension() -> Extension:
-    shapes = layouts.extension_shapes([32] * 16, 8, 4)
+    shapes = tensor_names.extension_shapes([32] * 16, 8, 4)
     return Extension.from_tensors("test", {name: torch.zeros(shape) for name, shape in shapes.items()})
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from exvideo_core.positions import blended_table, ping_pong, sinusoidal, table_for
+from exvideo_core.method.positions import blended_table, ping_pong, sinusoidal, table_for
 
 
 def test_sinusoidal_is_cosine_first() -> None:

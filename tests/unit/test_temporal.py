@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exvideo_core.temporal import identity_convolution, padded_rows, positional_convolution, reflect_pad
+from exvideo_core.method.convolution import identity_convolution, padded_rows, positional_convolution, reflect_pad
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (1, 1, 4, 4), (1, 4, 1, 3), (1, 3, 2, 1), (1, 1, 1, 1)])

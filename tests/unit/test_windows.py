@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from exvideo_core.choices import FUSES
-from exvideo_core.keyframes import frame_indices, free_share
-from exvideo_core.windows import fuse_weights, hold_weights, recurring_noise, spans
+from exvideo_core.video.frame_indices import frame_indices, free_share
+from exvideo_core.video.windows import fuse_weights, hold_weights, recurring_noise, spans
 
 
 @pytest.mark.parametrize("length", [129, 160, 200, 224, 225, 256, 1800])

@@ -1,0 +1,1 @@
+"""Applies an extension to a model."""

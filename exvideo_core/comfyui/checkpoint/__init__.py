@@ -1,0 +1,1 @@
+"""Loads and validates SVD checkpoints of any width."""

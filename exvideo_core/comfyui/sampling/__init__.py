@@ -1,0 +1,1 @@
+"""Wrappers around ComfyUI's sampling: windows, tiles, preview, recording."""

@@ -1,0 +1,1 @@
+"""Images in and out of the VAE: conditioning, keyframes, decoding."""

@@ -1,0 +1,115 @@
+"""Makes clips with diffusers' own `StableVideoDiffusionPipeline`, extended or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from ..video import images
+from .checkpoint import SVD
+
+
+def pipeline(svd: SVD) -> StableVideoDiffusionPipeline:
+    """diffusers' pipeline around a model, with SVD's scheduler (Karras noise levels from 700 to 0.002, Euler)."""
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        interpolation_type="linear",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        steps_offset=1,
+    )
+    size = svd.image_encoder.config.image_size
+    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return StableVideoDiffusionPipeline(svd.vae, svd.image_encoder, svd.unet, scheduler, processor)
+
+
+@torch.no_grad()
+def make_clip(
+    svd: SVD,
+    image: torch.Tensor,
+    *,
+    frames: int,
+    fps: int = 30,
+    motion_bucket_id: int = 127,
+    noise_aug_strength: float = 0.02,
+    steps: int = 25,
+    guidance: tuple[float, float] = (1.0, 1.0),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """A clip that begins with a picture.
+
+    Args:
+        svd: the model; its UNet may carry an extension (`patch.apply`).
+        image: the first frame [1, H, W, 3] in 0..1; its size is the clip's.
+        frames: length of the clip.
+        guidance: classifier-free guidance of the first and the last frame.
+        progress: called with (step done, steps) after each step; what it raises cancels the run.
+
+    Returns:
+        uint8 [frames, H, W, 3].
+    """
+
+    def done(_: object, index: int, __: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if progress is not None:
+            progress(index + 1, steps)
+        return tensors
+
+    pipe = pipeline(svd)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = image.shape[1:3]
+    # As a PIL picture: of a tensor the pipeline expects that it has CLIP's size already.
+    pixels = (image[0] * 255).round().clamp(0, 255).byte().cpu().numpy()
+    result = pipe(
+        Image.fromarray(pixels),
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        min_guidance_scale=guidance[0],
+        max_guidance_scale=guidance[1],
+        fps=fps,
+        motion_bucket_id=motion_bucket_id,
+        noise_aug_strength=noise_aug_strength,
+        generator=torch.Generator().manual_seed(seed),
+        callback_on_step_end=done,
+        output_type="latent",
+    )
+    return (decode(svd, result.frames[0]) * 255).round().astype(np.uint8)
+
+
+@torch.no_grad()
+def decode(svd: SVD, latents: torch.Tensor, chunk_frames: int = 24, overlap_frames: int = 12) -> np.ndarray:
+    """Decode a clip in overlapped chunks of frames, as the node ExVideoDecode does by default.
+
+    The pipeline's own chunks stand end to end, and pictures jump at every border.
+
+    Args:
+        latents: as the UNet makes them, scaled by the VAE's factor [T, 4, H, W].
+
+    Returns:
+        0..1 [T, 8 H, 8 W, 3] in float32.
+    """
+    frames = len(latents)
+    unscaled = latents / svd.vae.config.scaling_factor
+    video, total = None, torch.zeros(frames, 1, 1, 1)
+    for start, end in images.chunks(frames, chunk_frames, overlap_frames):
+        pixels = svd.vae.decode(unscaled[start:end], num_frames=end - start).sample.float().cpu()
+        weights = images.blend_weights(start, end, frames, overlap_frames, "smooth").view(-1, 1, 1, 1)
+        if video is None:
+            video = pixels.new_zeros(frames, *pixels.shape[1:])
+        video[start:end] += pixels * weights
+        total[start:end] += weights
+    assert video is not None  # a clip has at least one frame, hence one chunk
+    return ((video / total + 1) / 2).clamp(0, 1).movedim(1, -1).numpy()

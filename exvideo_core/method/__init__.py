@@ -1,0 +1,1 @@
+"""The ExVideo method on plain tensors: positions, convolution, extension files."""

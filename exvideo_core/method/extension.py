@@ -1,0 +1,305 @@
+"""The ExVideo extension: the weights of one file, checked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..files.output_file import begin, discard, explained, finish
+from ..files.safetensors_header import Header, ModelFileError, read_header
+from . import positions, tensor_names
+from .convolution import identity_convolution
+
+#: What training checkpoints put before the names (longest first).
+_PREFIXES = ("_forward_module.unet.", "unet.")
+_SOURCE = "Use an ExVideo extension such as ExVideo-SVD-128f-v1 (model.fp16.safetensors)."
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Weights of one extended temporal block of width C.
+
+    Attributes:
+        positions: [F, C], one row for each trained frame.
+        conv_weight: [C, C, 3, 3, 3] over (time, height, width).
+        conv_bias: [C].
+        shared: the 30 tensors that the base block has too, by their names under the SVD transformer.
+    """
+
+    positions: torch.Tensor
+    conv_weight: torch.Tensor
+    conv_bias: torch.Tensor
+    shared: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Extension:
+    """An ExVideo extension. Its tensors are in memory: what happens to the file does not change them.
+
+    Attributes:
+        name: the file's name, for messages.
+        blocks: the 16 blocks, in the order of `tensor_names.SVD_TRANSFORMERS`.
+    """
+
+    name: str
+    blocks: tuple[BlockWeights, ...]
+
+    @property
+    def frames(self) -> int:
+        """Frames that the extension was trained for."""
+        return self.blocks[0].positions.shape[0]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each block."""
+        return tuple(block.conv_bias.shape[0] for block in self.blocks)
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the image embedding that the blocks read."""
+        return self.blocks[0].shared["time_stack.0.attn2.to_k.weight"].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks[0].positions.dtype
+
+    @classmethod
+    def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Extension:
+        """Arrange tensors that are named and shaped as in `tensor_names.extension_shapes`."""
+        blocks = []
+        for block in tensor_names.BLOCK_IDS:
+            prefix = f"blocks.{block}."
+            blocks.append(
+                BlockWeights(
+                    positions=tensors[prefix + tensor_names.POSITIONS],
+                    conv_weight=tensors[prefix + tensor_names.CONV_WEIGHT],
+                    conv_bias=tensors[prefix + tensor_names.CONV_BIAS],
+                    shared={svd: tensors[prefix + ours] for ours, svd in tensor_names.SHARED_TENSORS.items()},
+                )
+            )
+        return cls(name, tuple(blocks))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Extension:
+        """Load and check an extension file: fp16, bf16 or fp32, any width, any number of frames.
+
+        Names may carry the prefixes of training checkpoints (`unet.`, `_forward_module.unet.`).
+
+        Raises:
+            ModelFileError: the file is not a complete, finite ExVideo extension.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if os.path.splitext(path)[1] != ".safetensors":
+            raise ModelFileError(path, "is not a .safetensors file.", _SOURCE)
+        header = read_header(path)
+        names = _canonical_names(path, header)
+        _check_layout(path, names, header)
+        tensors: dict[str, torch.Tensor] = {}
+        before = os.stat(path)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name, stored in names.items():
+                    tensors[name] = file.get_tensor(stored).clone()  # the tensor itself is mapped from the file
+        except (SafetensorError, OSError) as error:
+            raise ModelFileError(path, f"cannot be read: {error}.", "Download it again.") from error
+        after = os.stat(path)
+        if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+            raise ModelFileError(path, "was changed while it was read.", "Run the workflow again.")
+        for name, tensor in tensors.items():
+            # min and max in one pass each find NaN and Inf without a mask the size of the tensor.
+            if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+                raise ModelFileError(
+                    path,
+                    f"holds NaN or infinite values in {name}.",
+                    "Its training diverged or it is damaged: use another file.",
+                )
+        return cls.from_tensors(os.path.basename(path), tensors)
+
+    @classmethod
+    def untrained(
+        cls, shared: Sequence[Mapping[str, torch.Tensor]], widths: Sequence[int], frames: int, base_frames: int = 25
+    ) -> Extension:
+        """An extension that changes nothing yet, the start of post-tuning (paper section 3.2).
+
+        Positions are the base's own sinusoids, past `base_frames` in ping-pong order; the convolution is an
+        identity; the temporal weights are the base's.
+
+        Args:
+            shared: the base's 30 temporal weights of each of the 16 blocks, by their names under the SVD transformer.
+            widths: channels of each block.
+            frames: length to extend to.
+            base_frames: length that the base was trained for.
+
+        Raises:
+            ValueError: fewer than 1 frame.
+        """
+        if frames < 1:
+            raise ValueError(f"An extension needs at least 1 frame, not {frames}.")
+        rows = positions.ping_pong(frames, base_frames)
+        blocks = []
+        for weights, channels in zip(shared, widths, strict=True):
+            blocks.append(
+                BlockWeights(
+                    positions=positions.sinusoidal(rows, channels),
+                    conv_weight=identity_convolution(channels),
+                    conv_bias=torch.zeros(channels),
+                    shared={name: tensor.detach() for name, tensor in weights.items()},
+                )
+            )
+        return cls("untrained", tuple(blocks))
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """The extension as a file holds it, named and shaped as in `tensor_names.extension_shapes`.
+
+        Args:
+            dtype: convert to this type (default: as they are).
+        """
+        found: dict[str, torch.Tensor] = {}
+        for block, weights in zip(tensor_names.BLOCK_IDS, self.blocks, strict=True):
+            prefix = f"blocks.{block}."
+            found[prefix + tensor_names.POSITIONS] = weights.positions
+            found[prefix + tensor_names.CONV_WEIGHT] = weights.conv_weight
+            found[prefix + tensor_names.CONV_BIAS] = weights.conv_bias
+            found |= {prefix + ours: weights.shared[svd] for ours, svd in tensor_names.SHARED_TENSORS.items()}
+        return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in found.items()}
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
+        """Write the extension in the published format, whole or not at all.
+
+        Raises:
+            ValueError: a value is not finite, or too large for the type.
+            OutputFileError: the disk does not take the file.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = self.tensors(dtype)
+        for name, tensor in tensors.items():
+            if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+                raise ValueError(
+                    f"{name} holds NaN, infinite values, or values too large for {dtype}: not saved. Use a wider type."
+                )
+        path = Path(path)
+        part = begin(path)
+        try:
+            with explained(path):
+                try:
+                    save_file(tensors, part, metadata={"format": "pt"})
+                except SafetensorError as error:
+                    raise _disk_error(error) from error
+            finish(part, path)
+        finally:
+            discard(part)
+
+    def check_fits(self, widths: Sequence[int], context_dim: int) -> None:
+        """Check that the blocks fit a model.
+
+        Args:
+            widths: channels of the model's 16 transformers.
+            context_dim: width of the model's image embedding.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.widths != tuple(widths) or self.context_dim != context_dim:
+            ours, theirs = width_runs(self.widths), width_runs(widths)
+            raise ValueError(
+                f"The extension '{self.name}' does not fit this model: its blocks are {ours} wide and read an image "
+                f"embedding of {self.context_dim}, the model's are {theirs} wide and read {context_dim}. Load the SVD "
+                "checkpoint that the extension was trained on."
+            )
+
+
+def _disk_error(error: Exception) -> Exception:
+    """What the system said when the library could not write a file: it passes that on as text only."""
+    number = re.search(r"(?:os error|code:) (\d+)", str(error))
+    if number is None:
+        return error
+    if os.name == "nt":  # the number is Windows' own there, from which Python finds the other
+        return OSError(0, str(error), None, int(number[1]))
+    return OSError(int(number[1]), str(error))
+
+
+def _canonical_names(path: str | os.PathLike[str], header: Header) -> dict[str, str]:
+    """Name without prefix -> name in the file."""
+    names: dict[str, str] = {}
+    for stored in header.shapes:
+        name = next((stored[len(p) :] for p in _PREFIXES if stored.startswith(p)), stored)
+        if name in names:
+            raise ModelFileError(
+                path, f"holds {name} twice, as {names[name]} and {stored}.", "Keep one of the two and save it again."
+            )
+        names[name] = stored
+    return names
+
+
+def _check_layout(path: str | os.PathLike[str], names: Mapping[str, str], header: Header) -> None:
+    shapes = {name: header.shapes[stored] for name, stored in names.items()}
+    biases = [f"blocks.{block}.{tensor_names.CONV_BIAS}" for block in tensor_names.BLOCK_IDS]
+    if not any(name.endswith(tensor_names.POSITIONS) for name in shapes):
+        raise ModelFileError(path, f"is {_guess_kind(shapes)}, not an ExVideo extension.", _SOURCE)
+
+    def probe(name: str, dims: int, axis: int) -> int:
+        shape = shapes.get(name, ())
+        return shape[axis] if len(shape) == dims else 0
+
+    widths = [probe(name, 1, 0) for name in biases]
+    frames = probe(f"blocks.{tensor_names.BLOCK_IDS[0]}.{tensor_names.POSITIONS}", 2, 0)
+    context_dim = probe(f"blocks.{tensor_names.BLOCK_IDS[0]}.attn2.to_k.weight", 2, 1)
+    expected = tensor_names.extension_shapes(widths, context_dim, frames)
+    missing = sorted(expected.keys() - shapes.keys())
+    if missing:
+        raise ModelFileError(
+            path, f"lacks {_some(missing)} of an ExVideo extension.", "It is incomplete: download or export it again."
+        )
+    extra = sorted(shapes.keys() - expected.keys())
+    if extra:
+        raise ModelFileError(
+            path, f"holds {_some(extra)} that no ExVideo extension has.", "Export the extension's own tensors only."
+        )
+    for name, shape in expected.items():
+        if shapes[name] != shape or 0 in shape:
+            raise ModelFileError(
+                path,
+                f"has {name} of shape {list(shapes[name])}, expected {list(shape)}.",
+                "It is damaged or of another model: use another file.",
+            )
+        if header.dtypes[names[name]] not in _DTYPES:
+            raise ModelFileError(
+                path, f"holds {name} as {header.dtypes[names[name]]}.", "Use a file in fp16, bf16 or fp32."
+            )
+
+
+def _guess_kind(shapes: Mapping[str, object]) -> str:
+    """What a file most likely is, judged by its names."""
+    if any(re.match(r"(model\.)?diffusion_model\..*time_stack", name) for name in shapes):
+        return "an SVD checkpoint (it belongs in models/checkpoints)"
+    kinds = (
+        ("model.diffusion_model.", "a Stable Diffusion checkpoint"),
+        ("lora", "a LoRA"),
+        ("down_blocks.", "a diffusers UNet"),
+        ("first_stage_model.", "a VAE"),
+    )
+    return next((kind for part, kind in kinds if any(part in name for name in shapes)), "a model of another kind")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]}" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+
+
+def width_runs(widths: Sequence[int]) -> str:
+    """'2x320, 2x640' for 320, 320, 640, 640."""
+    runs: list[list[int]] = []
+    for width in widths:
+        if runs and runs[-1][1] == width:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, width])
+    return ", ".join(f"{count}x{width}" for count, width in runs)

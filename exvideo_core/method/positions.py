@@ -1,0 +1,98 @@
+"""Frame positions: sinusoidal, ping-pong, trained, and how a trained table serves another number of frames."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..choices import PositionMode
+
+#: Positions that the first frames of a clip have to themselves: the ping-pong never returns to them.
+_LEAD_IN = 5
+
+
+def sinusoidal(positions: torch.Tensor, channels: int) -> torch.Tensor:
+    """Sinusoidal embedding of positions, cosines first (SVD's `timestep_embedding`, period 10,000).
+
+    Args:
+        positions: frame positions [T].
+        channels: width C.
+
+    Returns:
+        [T, C] in float32.
+    """
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return torch.nn.functional.pad(table, (0, channels - 2 * half))
+
+
+def ping_pong(frames: int, trained: int = 25) -> torch.Tensor:
+    """Row of each frame when only `trained` rows exist: up to the last row, then down and up again.
+
+    The reference's `PositionalID`: with 25 rows it turns at 24 and at 4, so that the rows of a clip's start
+    stay the start's own. With other lengths the lower turn stays at row 4 (tables of up to 5 rows alternate
+    between their last two).
+
+    Returns:
+        int64 [frames], values in 0..trained-1.
+    """
+    sweep = max(trained - _LEAD_IN, 1)
+    rows = []
+    for frame in range(frames):
+        step = (frame - trained) % (2 * sweep)
+        if frame < trained:
+            rows.append(frame)
+        elif step < sweep:
+            rows.append(max(trained - 2 - step, 0))
+        else:
+            rows.append(trained - 2 * sweep + step)
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def table_for(table: torch.Tensor, frames: int, mode: PositionMode) -> torch.Tensor:
+    """A trained table's rows for a clip of another length.
+
+    Args:
+        table: trained positions [F, C].
+        frames: length T of the clip.
+        mode: `trained` takes the first T rows, `stretch` resamples all rows linearly to T, `repeat` takes the
+            rows in order and goes on by `ping_pong` past the last.
+
+    Returns:
+        [T, C] in the table's dtype.
+
+    Raises:
+        ValueError: T is beyond the table and the mode is `trained`.
+    """
+    trained = table.shape[0]
+    if mode == "stretch":
+        # Computed in float32: half precision cannot hold the fractional row numbers of a long clip.
+        rows = table.float().T[None]
+        return torch.nn.functional.interpolate(rows, size=frames, mode="linear", align_corners=True)[0].T.to(table)
+    if mode == "repeat":
+        return table[ping_pong(frames, trained).to(table.device)]
+    if frames > trained:
+        raise ValueError(
+            f"The clip has {frames} frames, but this ExVideo extension was trained for {trained}. Lower the frame "
+            f"count to {trained}, put ExVideo Windows behind ExVideo Apply, or set the latter's positions to 'stretch' "
+            "or 'repeat'."
+        )
+    return table[:frames]
+
+
+def blended_table(table: torch.Tensor, frames: int, mode: PositionMode, strength: float) -> torch.Tensor:
+    """`table_for`, moved towards the base's sinusoidal positions where strength is below 1.
+
+    Returns:
+        [T, C]: strength x trained + (1 - strength) x sinusoidal.
+    """
+    if strength == 0.0:  # the base, which has no trained length
+        return sinusoidal(torch.arange(frames), table.shape[1]).to(table.device)
+    trained = table_for(table, frames, mode)
+    if strength == 1.0:
+        return trained
+    base = sinusoidal(torch.arange(frames), table.shape[1]).to(trained.device)
+    return torch.lerp(base, trained.float(), strength)

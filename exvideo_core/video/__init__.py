@@ -1,0 +1,1 @@
+"""Frames of a video: preparing, blending, charting and writing them."""

@@ -1,0 +1,134 @@
+"""Writes video files frame by frame, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..choices import CODECS
+from ..files.output_file import begin, discard, explained, finish
+
+if TYPE_CHECKING:
+    import av
+    import numpy as np
+
+
+_BT709 = 1  # FFmpeg's number for it, as primaries, transfer and matrix
+
+
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """Frames per second as the fraction that a video file states.
+
+    Television's 23.976, 29.97 and 59.94 are 24, 30 and 60 times 1000/1001, and written so: a player that counts
+    23.976 exactly drifts from sound by a frame in 12 hours.
+
+    Raises:
+        ValueError: fps is not a positive, finite number.
+    """
+    if not math.isfinite(fps) or fps <= 0:
+        raise ValueError(f"fps ({fps}) has to be a positive number.")
+    television = Fraction(round(fps * 1.001) * 1000, 1001)
+    if math.isclose(fps, television, rel_tol=2e-6) and television:
+        return television
+    return Fraction(fps).limit_denominator()
+
+
+class VideoWriter:
+    """A video file in the making, as a context: it appears under its name when all frames are in it.
+
+    Where the block is left by an error, or the process is killed, there is no file of that name; after an error there
+    is no part of one either.
+
+    Args:
+        path: the file; its suffix has to be the codec's.
+        fps: frames per second; see `frame_rate`.
+        codec: key of `CODECS`.
+        quality: constant rate factor, 0 to 51 (vp9: to 63).
+        metadata: texts that the container carries.
+
+    Raises:
+        ValueError: fps is no frame rate; frames of another size than the first, or of one that the codec cannot hold.
+        OutputFileError: the disk does not take the file. What can be known of it before is said on entering the block.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fps: float | Fraction,
+        codec: str = "h264",
+        quality: int = 12,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self._codec, self._fps, self._quality = CODECS[codec], frame_rate(fps), quality
+        self._metadata = dict(metadata or {})
+        self._container: Any = None
+        self._stream: av.VideoStream | None = None
+        self._size: tuple[int, int] | None = None
+
+    def __enter__(self) -> VideoWriter:
+        import av
+
+        options = {"movflags": "use_metadata_tags+faststart"} if self.path.suffix == ".mp4" else {}
+        self._part = begin(self.path)
+        try:
+            with explained(self.path):
+                self._container = av.open(str(self._part), "w", container_options=options)
+            self._container.metadata.update(self._metadata)
+        except BaseException:
+            discard(self._part)
+            raise
+        return self
+
+    def add(self, frames: np.ndarray) -> None:
+        """Append frames, uint8 [N, H, W, 3], contiguous."""
+        import av
+        from av.video.reformatter import Colorspace
+
+        if self._stream is None:
+            self._begin(frames.shape[1], frames.shape[2])
+        if frames.shape[1:3] != self._size:
+            raise ValueError(f"Frames of {frames.shape[2]}x{frames.shape[1]} pixels do not fit into {self.path.name}.")
+        assert self._stream is not None
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if self._codec.pixel_format.startswith("yuv"):
+                frame = frame.reformat(format=self._codec.pixel_format, dst_colorspace=Colorspace.ITU709)
+            with explained(self.path):
+                self._container.mux(self._stream.encode(frame))
+
+    def _begin(self, height: int, width: int) -> None:
+        if self._codec.pixel_format == "yuv420p" and (height % 2 or width % 2):
+            raise ValueError(f"{self._codec.encoder} cannot hold {width}x{height} pixels: both have to be even.")
+        if min(height, width) < self._codec.smallest:
+            smallest = f"{self._codec.smallest}x{self._codec.smallest}"
+            raise ValueError(f"{self._codec.encoder} needs at least {smallest} pixels; these are {width}x{height}.")
+        stream = self._container.add_stream(self._codec.encoder, rate=self._fps)
+        stream.height, stream.width = self._size = (height, width)
+        stream.pix_fmt = self._codec.pixel_format
+        stream.options = {name: value.format(quality=self._quality) for name, value in self._codec.options.items()}
+        if self._codec.pixel_format.startswith("yuv"):
+            context = stream.codec_context
+            context.color_primaries = context.color_trc = context.colorspace = _BT709
+        self._stream = stream
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        whole = kind is None and self._stream is not None
+        try:
+            # After an error the end may fail too, of which nobody has to hear.
+            with explained(self.path) if whole else contextlib.suppress(Exception):
+                if whole:
+                    self._container.mux(self._stream.encode())
+                self._container.close()
+            if whole:
+                finish(self._part, self.path)
+        finally:
+            self._container = self._stream = None  # what could not be closed lets go of the file now
+            discard(self._part)
