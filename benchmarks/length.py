@@ -43,7 +43,7 @@ def rows() -> list[Row]:
     kinds += [("sequential", "window start", True), ("pyramid", "first picture", True)]
     for fuse, anchor, noise in kinds:
         name = f"{fuse}, {anchor}{', recurring noise' if noise else ''}"
-        found.append(Row(name, windows={"fuse": fuse, "anchor": anchor, "recurring_noise": noise}))
+        found.append(Row(name, windows={"fuse": fuse, "anchor": anchor, "freenoise": noise}))
     return found
 
 
@@ -64,27 +64,29 @@ class Maker:
         import comfy.sample
 
         from exvideo_core.comfyui.apply.patch import apply_extension
-        from exvideo_core.comfyui.sampling.windows import Windows, with_windows
-        from exvideo_core.comfyui.vae import conditioning
+        from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
+        from exvideo_core.comfyui.vae.conditioning import encode_conditioning
+        from exvideo_core.comfyui.vae.decode import decode
+        from exvideo_core.comfyui.vae.keyframes import set_keyframes
 
         clip = world.sample(world.HELD_OUT + index)
         first = torch.from_numpy(world.render(clip, 1) if held is None else held[:1])
-        positive, negative = conditioning.condition(
+        positive, negative = encode_conditioning(
             self.clip_vision, self.vae, first, width=world.SIZE, height=world.SIZE, fps=30,
             motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=index,
         )  # fmt: skip
         model = apply_extension(self.model, self.extension, 1.0, row.positions)
         if row.windows is not None:
-            model = with_windows(model, Windows(**row.windows))
+            model = with_windows(model, WindowSettings(**row.windows))
         latent = {"samples": torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)}
         if held is not None:
-            latent = conditioning.hold_frames(self.vae, latent, torch.from_numpy(held), list(range(len(held))), FADE)
+            latent = set_keyframes(self.vae, latent, torch.from_numpy(held), list(range(len(held))), FADE)
         noise = comfy.sample.prepare_noise(latent["samples"], index)
         made = comfy.sample.sample(
             model, noise, STEPS, 1.0, "euler", "karras", positive, negative, latent["samples"],
             noise_mask=latent.get("noise_mask"), seed=index, disable_pbar=True,
         )  # fmt: skip
-        return conditioning.decode(self.vae, made, 24, 12, "smooth").numpy()
+        return decode(self.vae, made, 24, 12, "smooth").numpy()
 
 
 def steps(video: np.ndarray) -> np.ndarray:
@@ -146,9 +148,9 @@ def _write_joints(maker: Maker, clips: int) -> None:
 
 
 def _borders(frames: int) -> list[int]:
-    from exvideo_core.comfyui.sampling.windows import Windows
+    from exvideo_core.comfyui.sampling.windows import WindowSettings
 
-    windows = Windows().of(frames)
+    windows = WindowSettings().split(frames)
     return [found[0] for found in windows[1:]] + [found[-1] + 1 for found in windows[:-1]]
 
 

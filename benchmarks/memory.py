@@ -88,15 +88,15 @@ def _measure(maker: str, width: str, frames: int, size: int) -> dict[str, float]
         before = torch.cuda.memory_allocated()
         call()
         return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / MIB}
-    with Resident() as resident:
+    with CastWeights() as resident:
         call()
     return {"peak_mib": (resident.peak - resident.before) / MIB}
 
 
-class Resident:
+class CastWeights:
     """Follows the process's resident memory in a thread."""
 
-    def __enter__(self) -> Resident:
+    def __enter__(self) -> CastWeights:
         self.before = self.peak = self._now()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -172,14 +172,14 @@ def count(
             with counter.paused():
                 return keep(buffers, like)
 
-        def fetch(self: skip_connections.Skip, start: int, end: int) -> tuple[torch.Tensor, None]:
+        def fetch(self: skip_connections.SkipConnection, start: int, end: int) -> tuple[torch.Tensor, None]:
             part = self.held[start:end]
             return (part.clone() if offload else part), None
 
         with (
             counter,
             mock.patch.object(skip_connections.HostBuffers, "take", elsewhere),
-            mock.patch.object(skip_connections.Skip, "fetch", fetch),
+            mock.patch.object(skip_connections.SkipConnection, "fetch", fetch),
         ):
             counter.ignore([parameters, weights.base, weights.extension, vars(given), embedded])
             call()

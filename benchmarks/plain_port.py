@@ -8,8 +8,7 @@ import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import SpatialVideoTransformer
 
-from exvideo_core.comfyui.apply.patch import find_transformers
-from exvideo_core.comfyui.low_memory.transformer_block import adopt
+from exvideo_core.comfyui.model import find_transformers, share_submodules
 from exvideo_core.method.convolution import positional_convolution
 from exvideo_core.method.extension import BlockWeights, Extension
 
@@ -18,7 +17,7 @@ class PlainTransformer(SpatialVideoTransformer):
     """The host's transformer, its temporal block behind the positions and the 3-D convolution."""
 
     def __init__(self, base: SpatialVideoTransformer, weights: BlockWeights) -> None:
-        adopt(self, base)
+        share_submodules(self, base)
         like = base.norm.weight
         self.table = torch.nn.Parameter(weights.positions.to(like), requires_grad=False)
         channels = weights.conv_bias.shape[0]

@@ -87,11 +87,11 @@ class _Sampling:
         maker = Maker()  # before all that needs the host
 
         from exvideo_core.comfyui.apply.patch import apply_extension
-        from exvideo_core.comfyui.vae import conditioning
+        from exvideo_core.comfyui.vae.conditioning import encode_conditioning
 
         clip = world.sample(world.HELD_OUT)
         self._steps = steps
-        self._conds = conditioning.condition(
+        self._conds = encode_conditioning(
             maker.clip_vision, maker.vae, torch.from_numpy(world.render(clip, 1)), width=world.SIZE,
             height=world.SIZE, fps=30, motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=0,
         )  # fmt: skip

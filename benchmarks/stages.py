@@ -167,12 +167,12 @@ class Run:
         return row
 
     def _condition(self, _: Any) -> None:  # noqa: ANN401 - has no settings
-        from exvideo_core.comfyui.vae.conditioning import condition
+        from exvideo_core.comfyui.vae.conditioning import encode_conditioning
 
         clip = self._clip
         generator = torch.Generator().manual_seed(0)
         picture = torch.rand(1, clip.height, clip.width, 3, generator=generator)
-        self._conditions = condition(
+        self._conditions = encode_conditioning(
             self._clip_vision, self._vae, picture, width=clip.width, height=clip.height, fps=30,
             motion_bucket_id=127, noise_aug_strength=0.02, seed=0,
         )  # fmt: skip
@@ -181,15 +181,15 @@ class Run:
         """KSampler as in the pack's workflows, but for the number of steps."""
         import comfy.sample
 
-        from exvideo_core.comfyui.apply.patch import with_memory
+        from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
         from exvideo_core.comfyui.low_memory.estimate import MemorySettings
-        from exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
+        from exvideo_core.comfyui.sampling.tiles import TileSettings, with_tiles
 
         model = self._model
         if setting.offload_skips or setting.chunk_megabytes:
-            model = with_memory(model, MemorySettings(setting.chunk_megabytes, setting.offload_skips))
+            model = with_memory_settings(model, MemorySettings(setting.chunk_megabytes, setting.offload_skips))
         if setting.tile:
-            model = with_tiles(model, Tiles(setting.tile // 8, setting.tile // 8, 16))
+            model = with_tiles(model, TileSettings(setting.tile // 8, setting.tile // 8, 16))
         model = _linear_guidance(model).clone()
         model.set_model_unet_function_wrapper(self._watched)
         noise = comfy.sample.prepare_noise(self._latent, 0)
@@ -213,18 +213,20 @@ class Run:
         return out
 
     def _decode(self, setting: Decoding) -> None:
-        from exvideo_core.comfyui.vae.conditioning import decode
+        from exvideo_core.comfyui.vae.decode import decode
 
         latent = self._latent[: setting.chunk_frames] if self._first_chunk_only else self._latent
         decode(self._vae, latent, setting.chunk_frames, setting.overlap_frames, "smooth")
         _synchronize()
 
     def _save(self, setting: Decoding) -> None:
-        from exvideo_core.comfyui.vae.conditioning import decoded
+        from exvideo_core.comfyui.vae.decode import decode_segments
         from exvideo_core.video.writer import VideoWriter
 
         with tempfile.TemporaryDirectory() as folder, VideoWriter(Path(folder) / "clip.mp4", 30) as writer:
-            for frames in decoded(self._vae, self._latent, setting.chunk_frames, setting.overlap_frames, "smooth"):
+            for frames in decode_segments(
+                self._vae, self._latent, setting.chunk_frames, setting.overlap_frames, "smooth"
+            ):
                 writer.add((frames * 255).round().clamp(0, 255).byte().cpu().numpy())
 
     def finite(self) -> bool:

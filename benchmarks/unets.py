@@ -113,7 +113,8 @@ def ours(
     Args:
         fake: weights hold no values and cannot be moved, so only the layers are put in.
     """
-    from exvideo_core.comfyui.apply.patch import apply_extension, with_memory
+    from exvideo_core.comfyui.apply.patch import apply_extension
+    from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
     from exvideo_core.comfyui.low_memory.estimate import MemorySettings
 
     dtype = next(iter(weights.base.values())).dtype
@@ -128,7 +129,7 @@ def ours(
         patched = plain_port.apply(patcher, extension)
     else:
         settings = MemorySettings(chunk_megabytes, offload_skips)
-        patched = with_memory(apply_extension(patcher, extension), settings)
+        patched = with_memory_settings(apply_extension(patcher, extension), settings)
     if fake:
         for path, layer in patched.object_patches.items():
             comfy.utils.set_attr(patched.model, path, layer)

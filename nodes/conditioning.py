@@ -97,9 +97,9 @@ class ExVideoConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         import torch
 
-        from ..exvideo_core.comfyui.vae.conditioning import condition
+        from ..exvideo_core.comfyui.vae.conditioning import encode_conditioning
 
-        positive, negative = condition(
+        positive, negative = encode_conditioning(
             clip_vision,
             vae,
             image,

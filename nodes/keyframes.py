@@ -60,10 +60,10 @@ class ExVideoKeyframes(io.ComfyNode):
     def execute(
         cls, vae: VAE, latent: dict[str, Any], images: torch.Tensor, frame_indices: str, fade_frames: int = 0
     ) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.vae.conditioning import hold_frames
+        from ..exvideo_core.comfyui.vae.keyframes import set_keyframes
         from ..exvideo_core.video.frame_indices import frame_indices as parse
-        from ..exvideo_core.video.images import check_latents
+        from ..exvideo_core.video.latents import check_latents
 
         check_latents(latent["samples"], 4)
         frames = parse(frame_indices, len(latent["samples"]))
-        return io.NodeOutput(hold_frames(vae, latent, images, frames, fade_frames))
+        return io.NodeOutput(set_keyframes(vae, latent, images, frames, fade_frames))

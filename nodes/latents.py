@@ -44,7 +44,7 @@ class ExVideoNormalizeLatent(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, latent: dict[str, Any], normalize: bool, contrast: float) -> io.NodeOutput:
-        from ..exvideo_core.video.images import check_latents, normalize_latents
+        from ..exvideo_core.video.latents import check_latents, normalize_latents
 
         check_latents(latent["samples"])
         return io.NodeOutput({**latent, "samples": normalize_latents(latent["samples"], normalize, contrast)})
@@ -106,7 +106,7 @@ class ExVideoDecode(io.ComfyNode):
     def execute(
         cls, vae: VAE, latent: dict[str, Any], chunk_frames: int, overlap_frames: int, blend: Blend = "smooth"
     ) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.vae.conditioning import decode
+        from ..exvideo_core.comfyui.vae.decode import decode
 
         refuse(check_chunks(chunk_frames, overlap_frames))
         return io.NodeOutput(decode(vae, latent["samples"], chunk_frames, overlap_frames, blend))

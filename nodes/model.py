@@ -97,7 +97,7 @@ class ExVideoMemory(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: ModelPatcher, chunk_megabytes: int, offload_skips: bool) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.apply.patch import with_memory
+        from ..exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
         from ..exvideo_core.comfyui.low_memory.estimate import MemorySettings
 
-        return io.NodeOutput(with_memory(model, MemorySettings(chunk_megabytes, offload_skips)))
+        return io.NodeOutput(with_memory_settings(model, MemorySettings(chunk_megabytes, offload_skips)))

@@ -53,10 +53,10 @@ class ExVideoPlot(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, extension: Extension, block: int, base: ModelPatcher | None = None) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.inspect import measure
+        from ..exvideo_core.comfyui.inspect import measure_distances
         from ..exvideo_core.video.charts import extension_chart
 
-        image = _as_image(extension_chart(extension, measure(extension, base), block - 1))
+        image = _as_image(extension_chart(extension, measure_distances(extension, base), block - 1))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -91,9 +91,9 @@ class ExVideoRecord(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: ModelPatcher, steps: int) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.sampling.recording import recorded
+        from ..exvideo_core.comfyui.sampling.recording import record_sampling
 
-        return io.NodeOutput(*recorded(model, steps))
+        return io.NodeOutput(*record_sampling(model, steps))
 
 
 class ExVideoContactSheet(io.ComfyNode):
@@ -134,9 +134,9 @@ class ExVideoContactSheet(io.ComfyNode):
     def execute(
         cls, vae: VAE, latent: dict[str, Any], frames: int, edge: int, recording: Recording | None = None
     ) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.inspect import sheet
+        from ..exvideo_core.comfyui.inspect import denoising_sheet
 
-        image = _as_image(sheet(vae, latent["samples"], recording, frames, edge))
+        image = _as_image(denoising_sheet(vae, latent["samples"], recording, frames, edge))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -174,9 +174,9 @@ class ExVideoCompare(io.ComfyNode):
         first_label: str = "",
         second_label: str = "",
     ) -> io.NodeOutput:
-        from ..exvideo_core.video.charts import beside
+        from ..exvideo_core.video.charts import stack_clips
 
-        return io.NodeOutput(beside(first, second, (first_label, second_label), direction))
+        return io.NodeOutput(stack_clips(first, second, (first_label, second_label), direction))
 
 
 def _as_image(picture: Any) -> torch.Tensor:  # noqa: ANN401 - Pillow's, which is not imported at start-up

@@ -82,11 +82,11 @@ class ExVideoSave(io.ComfyNode):
     def execute(cls, extension: Extension, filename_prefix: str, dtype: str) -> io.NodeOutput:
         import torch
 
-        from ..exvideo_core.files.output_file import explained
+        from ..exvideo_core.files.output_file import explain_errors
 
         types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
         root = folder_paths.get_output_directory()
-        with explained(os.path.join(root, filename_prefix)):
+        with explain_errors(os.path.join(root, filename_prefix)):
             folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)
         file = f"{name}_{counter:05}_.safetensors"
         path = os.path.join(folder, file)

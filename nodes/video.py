@@ -87,19 +87,19 @@ class ExVideoSaveVideo(io.ComfyNode):
         filename_prefix: str,
         blend: Blend = "smooth",
     ) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.vae.conditioning import decoded
-        from ..exvideo_core.files.output_file import explained
+        from ..exvideo_core.comfyui.vae.decode import decode_segments
+        from ..exvideo_core.files.output_file import explain_errors
         from ..exvideo_core.video.writer import VideoWriter
 
         refuse(check_chunks(chunk_frames, overlap_frames))
         samples = latent["samples"]
         height, width = samples.shape[-2] * 8, samples.shape[-1] * 8
         root = folder_paths.get_output_directory()
-        with explained(Path(root, filename_prefix)):
+        with explain_errors(Path(root, filename_prefix)):
             folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root, width, height)
         path = Path(folder) / f"{name}_{counter:05}_{CODECS[codec].suffix}"
         with VideoWriter(path, float(fps), codec, quality, cls._metadata()) as writer:
-            for frames in decoded(vae, samples, chunk_frames, overlap_frames, blend):
+            for frames in decode_segments(vae, samples, chunk_frames, overlap_frames, blend):
                 writer.add((frames * 255).round().clamp(0, 255).byte().cpu().numpy())
         saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([saved]))

@@ -88,9 +88,9 @@ class ExVideoWindows(io.ComfyNode):
         anchor: Anchor = "window start",
         closed_loop: bool = False,
     ) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.sampling.windows import Windows, with_windows
+        from ..exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
 
-        windows = Windows(window_frames, overlap_frames, fuse, anchor, freenoise, closed_loop)
+        windows = WindowSettings(window_frames, overlap_frames, fuse, anchor, freenoise, closed_loop)
         return io.NodeOutput(with_windows(model, windows))
 
 
@@ -135,7 +135,7 @@ class ExVideoTiles(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: ModelPatcher, tile_width: int, tile_height: int, overlap: int) -> io.NodeOutput:
-        from ..exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
+        from ..exvideo_core.comfyui.sampling.tiles import TileSettings, with_tiles
 
         refuse(check_tiles(tile_width, tile_height, overlap))
-        return io.NodeOutput(with_tiles(model, Tiles(tile_width // 8, tile_height // 8, overlap // 8)))
+        return io.NodeOutput(with_tiles(model, TileSettings(tile_width // 8, tile_height // 8, overlap // 8)))

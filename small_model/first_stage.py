@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from exvideo_core.video.images import clip_pixels
+from exvideo_core.video.images import clip_vision_pixels
 
 from . import world
 
@@ -145,7 +145,7 @@ def train_encoder(out: Path, steps: int, seed: int = 0) -> None:
     for step in range(steps):
         clips = [world.sample(24 * step + i) for i in range(24)]
         pixels = torch.from_numpy(np.concatenate([world.render(clip, 1) for clip in clips]))
-        embedding = encoder(clip_pixels(pixels)).image_embeds
+        embedding = encoder(clip_vision_pixels(pixels)).image_embeds
         read = readout(embedding).view(len(clips), world.LANES, -1)
         phases = torch.tensor(np.array([np.where(c.kind == 0, 1, -1) * (c.x - world.LEFT) for c in clips]))
         angles = phases[..., None] * math.pi / span * torch.arange(1, HARMONICS + 1)

@@ -1,59 +1,54 @@
-"""How a clone of an SVD model gets its wrappers."""
+"""Adds the pack's wrappers to a clone of a model, in the right order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_base
 from comfy.patcher_extension import WrappersMP
 
-#: The order of our own wrappers of a sampling: what is for all of it stays outside of the windows, which sample each by
-#: itself, and everybody else's wrappers stay inside of them.
-_AROUND_WINDOWS = ("exvideo", "exvideo_preview", "exvideo_recording", "exvideo_windows")
+#: The order of our own wrappers of a sampling. They stay outside of the windows, which run one sampling each;
+#: everyone else's wrappers stay inside.
+_OUTSIDE_WINDOWS = ("exvideo", "exvideo_preview", "exvideo_recording", "exvideo_windows")
 
 if TYPE_CHECKING:
     import torch
     from comfy.model_patcher import ModelPatcher
 
-    #: The host's callback of a step: step, clean prediction, noisy sample, number of steps. None if it has none.
+    #: ComfyUI's step callback: step, x0 prediction, noisy sample, number of steps. None if there is none.
     StepCallback = Callable[[int, torch.Tensor, torch.Tensor, int], None] | None
 
 
-def check_svd(model: ModelPatcher) -> None:
-    """Raises ValueError where a model is of another kind."""
-    if not isinstance(model.model, comfy.model_base.SVD_img2vid):
-        raise ValueError(
-            f"The model is a {type(model.model).__name__}, and this is for Stable Video Diffusion (SVD). "
-            "Load an SVD checkpoint, such as svd_xt."
-        )
+def set_wrapper(patched: ModelPatcher, kind: str, key: str, wrapper: Callable[..., Any], first: bool = True) -> None:
+    """Add or replace a wrapper.
 
-
-def wrap(patched: ModelPatcher, kind: str, key: str, wrapper: Callable[..., Any], first: bool = True) -> None:
-    """Set or replace a wrapper. First means outermost: what comes after then sees one window of a clip."""
+    Args:
+        kind: of `WrappersMP`.
+        first: put it outermost, so that every other wrapper sees one window of a video.
+    """
     patched.remove_wrappers_with_key(kind, key)
     patched.add_wrapper_with_key(kind, key, wrapper)
     wrappers = patched.wrappers[kind]
-    front = [each for each in _AROUND_WINDOWS if each in wrappers] if kind == WrappersMP.OUTER_SAMPLE else []
+    front = [each for each in _OUTSIDE_WINDOWS if each in wrappers] if kind == WrappersMP.OUTER_SAMPLE else []
     if first and not front:
         front = [key]
     patched.wrappers[kind] = {each: wrappers[each] for each in dict.fromkeys([*front, *wrappers])}
 
 
-def around_callback(
+def wrap_callback(
     patched: ModelPatcher,
     key: str,
     around: Callable[[ModelPatcher, torch.Tensor, StepCallback, Callable[[StepCallback], torch.Tensor]], torch.Tensor],
 ) -> None:
-    """Put something in the place of the host's callback of a step, for the time of a sampler's run.
+    """Replace the step callback while a sampler runs.
 
     Args:
-        around: takes the model that is sampled, the noise, the callback, and what runs the sampler with a callback;
-            gives the result.
+        around: called with the sampled model, the noise [T, C, H, W], the callback, and a function that runs the
+            sampler with a given callback; returns the result [T, C, H, W].
     """
 
     def wrapper(
-        executor: Any,  # noqa: ANN401 - the host's
+        executor: Any,  # noqa: ANN401 - ComfyUI's
         noise: torch.Tensor,
         latent_image: torch.Tensor,
         sampler: Any,  # noqa: ANN401
@@ -68,11 +63,18 @@ def around_callback(
 
         return around(executor.class_obj.model_patcher, noise, callback, run)
 
-    wrap(patched, WrappersMP.OUTER_SAMPLE, key, wrapper)
+    set_wrapper(patched, WrappersMP.OUTER_SAMPLE, key, wrapper)
 
 
-def room_for(frames: int | None = None, height: int | None = None, width: int | None = None) -> Callable[..., Any]:
-    """Room is made for the largest call that there will be, not for the whole clip."""
+def limit_estimate(
+    frames: int | None = None, height: int | None = None, width: int | None = None
+) -> Callable[..., Any]:
+    """A PREPARE_SAMPLING wrapper by which memory is reserved for one window or tile instead of the whole video.
+
+    Args:
+        frames: most frames of a call T (default: all).
+        height, width: largest size of a call H, W, in latent pixels (default: all).
+    """
     limits = (frames, None, height, width)
 
     def wrapper(executor: Any, model: ModelPatcher, noise_shape: Sequence[int], *rest: Any, **named: Any) -> Any:  # noqa: ANN401

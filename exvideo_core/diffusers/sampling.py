@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from ..video import images
+from ..video.blending import segment_weights, split_segments
 from .checkpoint import SVD
 
 
@@ -104,9 +104,9 @@ def decode(svd: SVD, latents: torch.Tensor, chunk_frames: int = 24, overlap_fram
     frames = len(latents)
     unscaled = latents / svd.vae.config.scaling_factor
     video, total = None, torch.zeros(frames, 1, 1, 1)
-    for start, end in images.chunks(frames, chunk_frames, overlap_frames):
+    for start, end in split_segments(frames, chunk_frames, overlap_frames):
         pixels = svd.vae.decode(unscaled[start:end], num_frames=end - start).sample.float().cpu()
-        weights = images.blend_weights(start, end, frames, overlap_frames, "smooth").view(-1, 1, 1, 1)
+        weights = segment_weights(start, end, frames, overlap_frames, "smooth").view(-1, 1, 1, 1)
         if video is None:
             video = pixels.new_zeros(frames, *pixels.shape[1:])
         video[start:end] += pixels * weights

@@ -48,7 +48,7 @@ class OutputFileError(OSError):
 
 
 @contextlib.contextmanager
-def explained(path: str | os.PathLike[str]) -> Iterator[None]:
+def explain_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say of a disk's refusal within the block which file it concerns, and what to do. Other errors pass.
 
     Raises:
@@ -76,7 +76,7 @@ def begin(path: Path) -> Path:
         OutputFileError: there can be no file of this name.
     """
     part = path.with_name(f".{path.stem}.part{path.suffix}")
-    with explained(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -91,7 +91,7 @@ def finish(part: Path, path: Path) -> None:
         OutputFileError: another program holds a file of that name, or a folder has it.
     """
     try:
-        with explained(path):
+        with explain_errors(path):
             os.replace(part, path)
     except OutputFileError as error:
         # Windows refuses to replace a file that is open; the folder itself has just been written to.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..files.output_file import begin, discard, explained, finish
+from ..files.output_file import begin, discard, explain_errors, finish
 from ..files.safetensors_header import Header, ModelFileError, read_header
 from . import positions, tensor_names
 from .convolution import identity_convolution
@@ -189,7 +189,7 @@ class Extension:
         path = Path(path)
         part = begin(path)
         try:
-            with explained(path):
+            with explain_errors(path):
                 try:
                     save_file(tensors, part, metadata={"format": "pt"})
                 except SafetensorError as error:

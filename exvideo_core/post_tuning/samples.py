@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..video.images import clip_pixels
+from ..video.images import clip_vision_pixels
 from .config import Config, ConfigError
 from .loss import RAMP_STEPS, sigma_ramp
 from .motion import motion_bucket
@@ -87,7 +87,7 @@ class Encoder:
         parts = []
         for part in frames.split(_ENCODE_AT_ONCE):
             size = self.image_encoder.config.image_size
-            pixels = clip_pixels(part.float() / 255, size)
+            pixels = clip_vision_pixels(part.float() / 255, size)
             embedded = self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).image_embeds
             parts.append(embedded.float().cpu())
         return torch.cat(parts)

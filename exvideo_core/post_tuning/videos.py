@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..video.images import fit
+from ..video.images import resize_and_crop
 from ..video.writer import VideoWriter
 from .config import ConfigError
 
@@ -129,7 +129,7 @@ def read_window(path: Path, start: int, frames: int, interval: int, width: int, 
                 if index in wanted:
                     picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None]
                     if picture.shape[1:3] != (height, width):
-                        picture = (fit(picture.float() / 255, width, height) * 255).round().byte()
+                        picture = (resize_and_crop(picture.float() / 255, width, height) * 255).round().byte()
                     found.append(picture)
                     if len(found) == frames:
                         break

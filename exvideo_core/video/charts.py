@@ -87,7 +87,7 @@ def contact_sheet(rows: Sequence[np.ndarray], labels: Sequence[str], columns: Se
     return sheet
 
 
-def beside(
+def stack_clips(
     first: torch.Tensor,
     second: torch.Tensor,
     labels: tuple[str, str] = ("", ""),

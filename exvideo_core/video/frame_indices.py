@@ -1,4 +1,4 @@
-"""Which frames of a clip a text names."""
+"""Frames that are listed in a text, and their noise mask."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _PART = re.compile(r"(-?\d+)(?:\s*-\s*(-?\d+))?")
 
 
 def frame_indices(text: str, frames: int) -> list[int]:
-    """Frames named by a list like `0, 16-31, -1`: from 0, negative ones from the end, ranges with both ends.
+    """Parse a list like `0, 16-31, -1`: frames count from 0, negative ones from the end; ranges include both ends.
 
     Args:
-        frames: of the clip.
+        frames: number of frames of the video.
 
     Raises:
-        ValueError: the text is no such list, or names a frame twice or outside of the clip.
+        ValueError: the text is not such a list, or names a frame twice or outside of the video.
     """
     found: list[int] = []
     for part in text.split(","):
@@ -35,35 +35,35 @@ def frame_indices(text: str, frames: int) -> list[int]:
     return found
 
 
-def free_share(indices: list[int], frames: int, fade: int) -> list[float]:
-    """How free each frame of a clip is: 0 is held, 1 is to be made.
+def noise_mask_values(indices: list[int], frames: int, fade: int) -> list[float]:
+    """Noise mask of each frame of a video: 0 keeps it, 1 denoises it.
 
     Args:
-        indices: frames that are given.
-        frames: of the clip.
-        fade: last frames of a run of given ones over which the hold fades, where free ones follow. A run's first frame
-            is always held.
+        indices: keyframes.
+        frames: number of frames of the video.
+        fade: where free frames follow a run of keyframes, the mask rises over this many of its last frames. The first
+            frame of a run is always kept.
     """
-    free = [1.0] * frames
+    mask = [1.0] * frames
     given = set(indices)
     for start in given:
         if start - 1 in given:
             continue
         end = start
         while end in given:
-            free[end] = 0.0
+            mask[end] = 0.0
             end += 1
         fading = min(fade, end - start - 1) if end < frames else 0
         for step in range(fading):
-            free[end - fading + step] = (step + 1) / (fading + 1)
-    return free
+            mask[end - fading + step] = (step + 1) / (fading + 1)
+    return mask
 
 
 def _frame(number: str, frames: int) -> int:
     frame = int(number)
     if not -frames <= frame < frames:
         raise ValueError(
-            f"frame_indices names frame {frame}, but the clip's {frames} frames are 0 to {frames - 1} "
+            f"frame_indices names frame {frame}, but the video's {frames} frames are 0 to {frames - 1} "
             f"(or -{frames} to -1, from the end)."
         )
     return frame % frames

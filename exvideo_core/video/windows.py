@@ -1,4 +1,4 @@
-"""Windows over a long clip, or tiles over a large picture: where they lie, how they blend, and noise that recurs."""
+"""Overlapping windows over a long video, or tiles over a large image: placement, blend weights and initial noise."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from ..choices import Fuse
 
 
-def spans(length: int, window: int, overlap: int, closed_loop: bool = False) -> list[list[int]]:
-    """The windows that cover `length` frames, rows or columns, as the indices that each one holds.
+def split_windows(length: int, window: int, overlap: int, closed_loop: bool = False) -> list[list[int]]:
+    """The windows that cover `length` frames, rows or columns, each as the list of its indices.
 
-    They are spread evenly, so that neighbours share `overlap` or a little more. In a closed loop the last ones run on
-    at the beginning, and all are as short as their number allows.
+    They are spaced evenly, so that neighbors share `overlap` or slightly more. In a closed loop the last windows wrap
+    around to the beginning, and all are as short as their number allows.
 
     Raises:
-        ValueError: the overlap leaves no step, or a loop has not twice as many frames as windows share.
+        ValueError: the overlap is not smaller than the window, or a loop is shorter than two overlaps.
     """
     if not 0 <= overlap < window:
         raise ValueError(f"The overlap ({overlap}) has to be smaller than the window ({window}).")
@@ -37,14 +37,14 @@ def spans(length: int, window: int, overlap: int, closed_loop: bool = False) -> 
 
 
 def fuse_weights(windows: list[list[int]], number: int, fuse: Fuse) -> torch.Tensor:
-    """Weight of each frame of a window where it is averaged with its neighbours, not normalised.
+    """Weight of each frame of a window when windows are averaged, not normalized.
 
-    *pyramid* rises to the window's middle (FreeNoise, Qiu et al. 2023), *overlap-linear* only fades where windows
-    overlap, *flat* is one.
+    *pyramid* rises to the window's middle (FreeNoise, Qiu et al. 2023), *overlap-linear* fades only where windows
+    overlap, *flat* is one everywhere.
 
     Args:
-        windows: of `spans`.
-        number: which of them.
+        windows: of `split_windows`.
+        number: index of the window.
 
     Returns:
         float32 [length of the window].
@@ -57,46 +57,45 @@ def fuse_weights(windows: list[list[int]], number: int, fuse: Fuse) -> torch.Ten
         return torch.minimum(position + 1, len(window) - position)
     weights = torch.ones(len(window))
     frames = set(window)
-    follows = number > 0 or windows[-1][-1] < windows[-1][0]  # a closed loop's last window runs on into the first
-    goes_on = number + 1 < len(windows) or windows[-1][-1] < windows[-1][0]
-    if follows:
+    closed_loop = windows[-1][-1] < windows[-1][0]  # the last window wraps around to the first
+    if number > 0 or closed_loop:
         shared = len(frames.intersection(windows[number - 1]))
         weights = torch.minimum(weights, (position + 1) / (shared + 1))
-    if goes_on:
+    if number + 1 < len(windows) or closed_loop:
         shared = len(frames.intersection(windows[(number + 1) % len(windows)]))
         weights = torch.minimum(weights, (len(window) - position) / (shared + 1))
     return weights
 
 
-def hold_weights(windows: list[list[int]], number: int) -> torch.Tensor:
-    """How free each frame of a window is where windows before it are finished: 0 is held, 1 is to be made.
+def continuation_mask(windows: list[list[int]], number: int) -> torch.Tensor:
+    """Noise mask of a window that continues finished ones: 0 keeps a frame, 1 denoises it.
 
-    Of the frames that it begins with (and, where a loop closes, ends with), those farthest from its own are held: a
-    quarter. Over the rest the hold fades, so that what is there goes over into what is made.
+    Of the finished frames at its start (and, where a loop closes, at its end), the outermost quarter is kept; over the
+    rest the mask rises, so that finished frames blend into new ones.
 
     Returns:
         float32 [length of the window].
     """
     finished = {frame for window in windows[:number] for frame in window}
-    own = [at for at, frame in enumerate(windows[number]) if frame not in finished]
-    free = torch.ones(len(windows[number]))
-    if not own:
-        return torch.zeros_like(free)
-    free[: own[0]] = _fade(own[0])
-    free[own[-1] + 1 :] = _fade(len(free) - own[-1] - 1).flip(0)
-    return free
+    new = [at for at, frame in enumerate(windows[number]) if frame not in finished]
+    mask = torch.ones(len(windows[number]))
+    if not new:
+        return torch.zeros_like(mask)
+    mask[: new[0]] = _rise(new[0])
+    mask[new[-1] + 1 :] = _rise(len(mask) - new[-1] - 1).flip(0)
+    return mask
 
 
-def _fade(frames: int) -> torch.Tensor:
-    held = min(max(frames // 4, 1), frames)
-    fading = frames - held
-    return torch.cat([torch.zeros(held), torch.arange(1, fading + 1) / (fading + 1)])
+def _rise(frames: int) -> torch.Tensor:
+    kept = min(max(frames // 4, 1), frames)
+    rising = frames - kept
+    return torch.cat([torch.zeros(kept), torch.arange(1, rising + 1) / (rising + 1)])
 
 
-def recurring_noise(noise: torch.Tensor, window: int, overlap: int, seed: int) -> torch.Tensor:
-    """Noise whose frames past the first window are those of the window before, shuffled (FreeNoise, Qiu et al. 2023).
+def freenoise(noise: torch.Tensor, window: int, overlap: int, seed: int) -> torch.Tensor:
+    """Noise in which each window reuses the previous window's frames, shuffled (FreeNoise, Qiu et al. 2023).
 
-    Windows then begin from the same noise in another order, and come out alike in what does not move.
+    Windows that start from the same noise in another order agree in what does not move.
 
     Args:
         noise: [T, C, H, W].

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..choices import CODECS
-from ..files.output_file import begin, discard, explained, finish
+from ..files.output_file import begin, discard, explain_errors, finish
 
 if TYPE_CHECKING:
     import av
@@ -77,7 +77,7 @@ class VideoWriter:
         options = {"movflags": "use_metadata_tags+faststart"} if self.path.suffix == ".mp4" else {}
         self._part = begin(self.path)
         try:
-            with explained(self.path):
+            with explain_errors(self.path):
                 self._container = av.open(str(self._part), "w", container_options=options)
             self._container.metadata.update(self._metadata)
         except BaseException:
@@ -99,7 +99,7 @@ class VideoWriter:
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if self._codec.pixel_format.startswith("yuv"):
                 frame = frame.reformat(format=self._codec.pixel_format, dst_colorspace=Colorspace.ITU709)
-            with explained(self.path):
+            with explain_errors(self.path):
                 self._container.mux(self._stream.encode(frame))
 
     def _begin(self, height: int, width: int) -> None:
@@ -123,7 +123,7 @@ class VideoWriter:
         whole = kind is None and self._stream is not None
         try:
             # After an error the end may fail too, of which nobody has to hear.
-            with explained(self.path) if whole else contextlib.suppress(Exception):
+            with explain_errors(self.path) if whole else contextlib.suppress(Exception):
                 if whole:
                     self._container.mux(self._stream.encode())
                 self._container.close()

@@ -86,15 +86,15 @@ def test_partial_loading_on_the_gpu(part: float, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_call_keeps_to_its_estimate_and_its_result(offload: bool) -> None:
     """The memory that the host is told of covers what a call takes, with skip tensors on the card or off it."""
-    from exvideo_core.comfyui.apply.patch import with_memory
+    from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
     from exvideo_core.comfyui.low_memory.estimate import MemorySettings
 
     dtype = torch.float16
     pair = svd.make_pair(dtype)
     patched = apply_extension(on_gpu(pair, False), pair.extension)
-    whole = call(with_memory(patched, MemorySettings(chunk_megabytes=8192)), dtype)
+    whole = call(with_memory_settings(patched, MemorySettings(chunk_megabytes=8192)), dtype)
     settings = MemorySettings(chunk_megabytes=4, offload_skips=offload)
-    bounded = with_memory(patched, settings)
+    bounded = with_memory_settings(patched, settings)
     assert svd.relative_error(call(bounded, dtype), whole) < 8 * torch.finfo(dtype).eps
     frames, size = (48, 32) if SIMULATED else (128, 64)
     generator = torch.Generator().manual_seed(5)
@@ -112,13 +112,13 @@ def test_a_call_keeps_to_its_estimate_and_its_result(offload: bool) -> None:
 
 def test_offloaded_skips_arrive_in_time() -> None:
     """Copies run beside the computation: over many calls, none is read before it is there."""
-    from exvideo_core.comfyui.apply.patch import with_memory
+    from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
     from exvideo_core.comfyui.low_memory.estimate import MemorySettings
 
     dtype = torch.float16
     pair = svd.make_pair(dtype)
     patched = apply_extension(on_gpu(pair, False), pair.extension)
-    kept = call(with_memory(patched, MemorySettings(chunk_megabytes=1)), dtype)
-    away = with_memory(patched, MemorySettings(chunk_megabytes=1, offload_skips=True))
+    kept = call(with_memory_settings(patched, MemorySettings(chunk_megabytes=1)), dtype)
+    away = with_memory_settings(patched, MemorySettings(chunk_megabytes=1, offload_skips=True))
     for _ in range(2 if SIMULATED else 20):
         assert call(away, dtype).equal(kept)

@@ -10,22 +10,23 @@ import comfy.sample
 import pytest
 import torch
 
-from exvideo_core.comfyui.apply.patch import apply_extension, with_memory
+from exvideo_core.comfyui.apply.patch import apply_extension
 from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
 from exvideo_core.comfyui.low_memory.estimate import MemorySettings
-from exvideo_core.comfyui.sampling.recording import recorded
-from exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
-from exvideo_core.comfyui.sampling.windows import Windows, with_windows
+from exvideo_core.comfyui.sampling.recording import record_sampling
+from exvideo_core.comfyui.sampling.tiles import TileSettings, with_tiles
+from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
 from exvideo_core.method.extension import Extension
 
 #: What follows ExVideo Apply.
 WAYS = {
     "nothing": lambda model: model,
-    "memory": lambda model: with_memory(model, MemorySettings(1, True)),
-    "sequential": lambda model: with_windows(model, Windows(6, 2, "sequential")),
-    "pyramid": lambda model: with_windows(model, Windows(6, 2, "pyramid")),
-    "tiles": lambda model: with_tiles(model, Tiles(6, 8, 2)),
-    "recorded": lambda model: recorded(model, 2)[0],
+    "memory": lambda model: with_memory_settings(model, MemorySettings(1, True)),
+    "sequential": lambda model: with_windows(model, WindowSettings(6, 2, "sequential")),
+    "pyramid": lambda model: with_windows(model, WindowSettings(6, 2, "pyramid")),
+    "tiles": lambda model: with_tiles(model, TileSettings(6, 8, 2)),
+    "recorded": lambda model: record_sampling(model, 2)[0],
 }
 
 
@@ -49,7 +50,7 @@ def test_a_copy_dies_with_its_last_reference(small_models, way: str) -> None:
 def test_a_model_dies_with_its_last_patcher(small_models) -> None:
     checkpoint, extension = small_models
     base, _, _ = load_checkpoint(str(checkpoint))
-    applied = with_memory(apply_extension(base, Extension.load(extension)), MemorySettings(1, True))
+    applied = with_memory_settings(apply_extension(base, Extension.load(extension)), MemorySettings(1, True))
     watched = weakref.ref(base.model)
     gc.collect()
     gc.disable()

@@ -12,10 +12,11 @@ import torch
 import svd
 from exvideo_core.choices import CODECS, Blend
 from exvideo_core.comfyui.checkpoint.load import load_checkpoint
-from exvideo_core.comfyui.low_memory import budget as chunks
-from exvideo_core.comfyui.low_memory.skip_connections import HostBuffers
-from exvideo_core.comfyui.vae import chunked_decoder as decoder
-from exvideo_core.comfyui.vae import conditioning
+from exvideo_core.comfyui.low_memory.host_buffers import HostBuffers
+from exvideo_core.comfyui.vae import chunked_decoder
+from exvideo_core.comfyui.vae import decode as decode_module
+from exvideo_core.comfyui.vae.decode import decode
+from exvideo_core.video.blending import segment_weights, split_segments
 from runner.hosts import PACK
 from small_model import recipe, world
 
@@ -34,8 +35,8 @@ def test_a_chunk_is_what_the_hosts_decoder_makes_of_it(vae, monkeypatch) -> None
     given = latents(5)
     expected = ((vae.first_stage_model.decode(given) + 1) / 2).clamp(0, 1).movedim(1, -1)
     for size in (1, 100_003, 2**40):
-        monkeypatch.setattr(decoder, "_BUDGET", chunks.Budget(size))
-        assert svd.relative_error(decoder.decode_chunk(vae, given), expected) < 2e-6
+        monkeypatch.setattr(chunked_decoder, "_CHUNK_BYTES", size)
+        assert svd.relative_error(chunked_decoder.decode_segment(vae, given), expected) < 2e-6
 
 
 def test_free_memory_does_not_change_the_pictures(vae, monkeypatch) -> None:
@@ -43,7 +44,7 @@ def test_free_memory_does_not_change_the_pictures(vae, monkeypatch) -> None:
     found = []
     for free in (1, 2**40):
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, f=free, **__: f)
-        found.append(conditioning.decode(vae, given, 8, 4, "smooth"))
+        found.append(decode(vae, given, 8, 4, "smooth"))
     assert found[0].equal(found[1])
 
 
@@ -51,15 +52,15 @@ def test_free_memory_does_not_change_the_pictures(vae, monkeypatch) -> None:
 def test_feature_maps_in_host_memory_change_nothing(vae, monkeypatch, share: float) -> None:
     """None, some or all of the frames' feature maps on the device: the same pictures to the bit."""
     given = latents(13)
-    expected = decoder.decode_chunk(vae, given)
+    expected = chunked_decoder.decode_segment(vae, given)
     last = vae.first_stage_model.decoder.up[0].block[0]
-    working = 5 * max(64 * 8 * 12 * 4 * last.in_channels, decoder._BUDGET.chunk_bytes)
+    working = 5 * max(64 * 8 * 12 * 4 * last.in_channels, chunked_decoder._CHUNK_BYTES)
     maps = 13 * 64 * 8 * 12 * 4 * (last.in_channels / 4 + last.out_channels)
     held = []
     take = HostBuffers.take
     monkeypatch.setattr(HostBuffers, "take", lambda self, like: held.append(len(like)) or take(self, like))
-    monkeypatch.setattr(decoder, "_most", lambda device: working + share * maps)
-    assert decoder.decode_chunk(vae, given).equal(expected)
+    monkeypatch.setattr(chunked_decoder, "_max_bytes", lambda device: working + share * maps)
+    assert chunked_decoder.decode_segment(vae, given).equal(expected)
     assert bool(held) == (share < 1.0) and max(held, default=0) <= 13
 
 
@@ -70,52 +71,51 @@ def test_the_chunks_of_a_clip_share_pinned_memory(vae, monkeypatch) -> None:
     def count(frames: int) -> int:
         pinned.clear()
         buffers = HostBuffers(lambda buffer: not pinned.append(buffer.nbytes), lambda buffer: None)
-        monkeypatch.setattr(conditioning, "buffers_for", lambda device: buffers)
-        conditioning.decode(vae, latents(frames), 8, 4, "smooth")
+        monkeypatch.setattr(decode_module, "host_buffers", lambda device: buffers)
+        decode(vae, latents(frames), 8, 4, "smooth")
         return len(pinned)
 
-    monkeypatch.setattr(decoder, "_most", lambda device: 0.0)
+    monkeypatch.setattr(chunked_decoder, "_max_bytes", lambda device: 0.0)
     assert count(8) == count(16) > 0  # one chunk, three of them
 
 
 def test_a_card_that_refuses_is_asked_once_more_for_less(vae, monkeypatch) -> None:
     given = latents(5)
-    expected = decoder.decode_chunk(vae, given)
+    expected = chunked_decoder.decode_segment(vae, given)
     asked, freed = [], []
-    real = decoder._decode_within
+    real = chunked_decoder._decode_in_chunks
 
-    def refuse(vae, module, latents, budget, most, buffers):  # noqa: ANN001, ANN202
-        asked.append((budget.chunk_bytes, most))
+    def refuse(vae, module, latents, chunk_bytes, most, buffers):  # noqa: ANN001, ANN202
+        asked.append((chunk_bytes, most))
         if len(asked) <= refused:
             raise comfy.model_management.OOM_EXCEPTION("no room")
-        return real(vae, module, latents, budget, most, buffers)
+        return real(vae, module, latents, chunk_bytes, most, buffers)
 
-    monkeypatch.setattr(decoder, "_decode_within", refuse)
+    monkeypatch.setattr(chunked_decoder, "_decode_in_chunks", refuse)
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda *given, **named: freed.append(given))
     refused = 1
-    assert svd.relative_error(decoder.decode_chunk(vae, given), expected) < 2e-6
+    assert svd.relative_error(chunked_decoder.decode_segment(vae, given), expected) < 2e-6
     assert asked[1][0] < asked[0][0] and asked[1][1] == 0.0 and len(freed) == 1
     asked.clear()
     refused = 2
     with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="5 frames of 96x64.*latents are kept"):
-        decoder.decode_chunk(vae, given)
+        chunked_decoder.decode_segment(vae, given)
 
 
 @pytest.mark.parametrize("blend", ["smooth", "linear"])
 @pytest.mark.parametrize(("frames", "size", "overlap"), [(1, 8, 4), (8, 8, 4), (13, 8, 4), (13, 5, 4), (9, 3, 0)])
 def test_chunks_are_blended_as_weighted_sums(vae, frames, size, overlap, blend) -> None:
     """Every chunk times its weights, summed and divided by their sum; frames come out once and in order."""
-    from exvideo_core.video import images
 
     given = latents(frames)
     total, weight = 0.0, torch.zeros(frames, 1, 1, 1)
-    for start, end in images.chunks(frames, size, overlap):
-        shares = images.blend_weights(start, end, frames, overlap, blend).view(-1, 1, 1, 1)
+    for start, end in split_segments(frames, size, overlap):
+        shares = segment_weights(start, end, frames, overlap, blend).view(-1, 1, 1, 1)
         part = torch.zeros(frames, 64, 96, 3)
-        part[start:end] = decoder.decode_chunk(vae, given[start:end]) * shares
+        part[start:end] = chunked_decoder.decode_segment(vae, given[start:end]) * shares
         total = total + part
         weight[start:end] += shares
-    torch.testing.assert_close(conditioning.decode(vae, given, size, overlap, blend), total / weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decode(vae, given, size, overlap, blend), total / weight, rtol=0, atol=1e-5)
 
 
 def pan(picture: str) -> torch.Tensor:
@@ -140,11 +140,11 @@ def test_no_seam_shows_between_chunks(picture: str) -> None:
     def steps(clip: torch.Tensor) -> torch.Tensor:
         return (clip[1:] - clip[:-1]).abs().mean(dim=(1, 2, 3))
 
-    whole = steps(conditioning.decode(vae, given, 96, 0, "smooth"))
+    whole = steps(decode(vae, given, 96, 0, "smooth"))
 
     def at_worst(size: int, overlap: int, blend: Blend) -> float:
         """Largest mean step of a place in the pattern of chunks over that of all, the clip's own motion taken out."""
-        found = steps(conditioning.decode(vae, given, size, overlap, blend))
+        found = steps(decode(vae, given, size, overlap, blend))
         stride = size - overlap
         places = torch.stack([found[at::stride].mean() / whole[at::stride].mean() for at in range(stride)])
         return (places.max() / places.mean()).item()

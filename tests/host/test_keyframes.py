@@ -10,7 +10,9 @@ import torch
 
 from exvideo_core.comfyui.apply.patch import apply_extension
 from exvideo_core.comfyui.checkpoint.load import load_checkpoint
-from exvideo_core.comfyui.vae import conditioning
+from exvideo_core.comfyui.vae.conditioning import encode_conditioning
+from exvideo_core.comfyui.vae.decode import decode
+from exvideo_core.comfyui.vae.keyframes import set_keyframes
 from exvideo_core.method.extension import Extension
 from small_model import recipe, world
 
@@ -30,7 +32,7 @@ def pictures(clip: world.Clip, frames: int) -> torch.Tensor:
 def sample(small, clip: world.Clip, image: torch.Tensor, latent: dict) -> torch.Tensor:
     model, clip_vision, vae = small
     bucket = clip.motion_bucket
-    positive, negative = conditioning.condition(
+    positive, negative = encode_conditioning(
         clip_vision, vae, image, width=64, height=64, fps=30, motion_bucket_id=bucket, noise_aug_strength=0.02, seed=0
     )
     noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(2))
@@ -49,13 +51,13 @@ def test_given_frames_come_back_and_the_others_are_free(small) -> None:
     clip, vae = world.sample(world.HELD_OUT), small[2]
     truth = pictures(clip, FRAMES)
     held = [0, 24, FRAMES - 1]
-    latent = conditioning.hold_frames(vae, empty(), truth[held], held)
+    latent = set_keyframes(vae, empty(), truth[held], held)
     made = sample(small, clip, truth[:1], latent)
     encoded = vae.encode(truth[held])
     torch.testing.assert_close(made[held], encoded, rtol=1e-4, atol=1e-4)
-    video = conditioning.decode(vae, made, 24, 12, "smooth")
+    video = decode(vae, made, 24, 12, "smooth")
     # Decoded among other neighbours than those of the true clip, so compared with what the VAE loses there.
-    lost = (conditioning.decode(vae, vae.encode(truth), 24, 12, "smooth") - truth).abs().mean()
+    lost = (decode(vae, vae.encode(truth), 24, 12, "smooth") - truth).abs().mean()
     assert (video[held] - truth[held]).abs().mean() < 2 * lost
     unheld = sample(small, clip, truth[:1], empty())
     free = [frame for frame in range(FRAMES) if frame not in held]
@@ -69,9 +71,9 @@ def test_a_continued_clip_has_no_jump_at_the_joint(small) -> None:
     clips = (world.sample(world.HELD_OUT + seed) for seed in itertools.count())
     for clip in itertools.islice((clip for clip in clips if clip.sets_out_at(frames - overlap, overlap + 8)), 3):
         vae = small[2]
-        first = conditioning.decode(vae, sample(small, clip, pictures(clip, 1), empty(frames)), 24, 12, "smooth")
-        latent = conditioning.hold_frames(vae, empty(frames), first[-overlap:], list(range(overlap)), fade)
-        second = conditioning.decode(vae, sample(small, clip, first[-overlap:][:1], latent), 24, 12, "smooth")
+        first = decode(vae, sample(small, clip, pictures(clip, 1), empty(frames)), 24, 12, "smooth")
+        latent = set_keyframes(vae, empty(frames), first[-overlap:], list(range(overlap)), fade)
+        second = decode(vae, sample(small, clip, first[-overlap:][:1], latent), 24, 12, "smooth")
         joined = torch.cat([first[:-fade], second[overlap - fade :]])
         steps = (joined[1:] - joined[:-1]).abs().mean((1, 2, 3))
         joint = steps[frames - overlap - 1 : frames + 1].max()
@@ -84,8 +86,8 @@ def test_a_continued_clip_has_no_jump_at_the_joint(small) -> None:
 def test_nodes_may_follow_one_another_and_one_picture_serves_all(small) -> None:
     vae = small[2]
     truth = pictures(world.sample(world.HELD_OUT), 3)
-    latent = conditioning.hold_frames(vae, empty(), truth[:1], [0])
-    latent = conditioning.hold_frames(vae, latent, truth[2:], [5, 7])
+    latent = set_keyframes(vae, empty(), truth[:1], [0])
+    latent = set_keyframes(vae, latent, truth[2:], [5, 7])
     assert latent["noise_mask"].shape == (FRAMES, 1, 8, 8)
     held = [frame for frame in range(FRAMES) if not latent["noise_mask"][frame].any()]
     assert held == [0, 5, 7]
@@ -93,10 +95,10 @@ def test_nodes_may_follow_one_another_and_one_picture_serves_all(small) -> None:
     torch.testing.assert_close(latent["samples"][:1], vae.encode(truth[:1]))
     assert not latent["samples"][1:5].any()
     with pytest.raises(ValueError, match="3 images are given for the 2 frames"):
-        conditioning.hold_frames(vae, latent, truth, [1, 2])
+        set_keyframes(vae, latent, truth, [1, 2])
 
 
 def test_pictures_of_another_size_are_fitted(small) -> None:
     large = torch.rand(1, 100, 200, 4)
-    latent = conditioning.hold_frames(small[2], empty(4), large, [3])
+    latent = set_keyframes(small[2], empty(4), large, [3])
     assert latent["samples"].shape == (4, 4, 8, 8) and latent["samples"][3].any()

@@ -14,17 +14,19 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 import svd
-from exvideo_core.comfyui.apply.patch import apply_extension, with_memory
+from exvideo_core.comfyui.apply.patch import apply_extension
 from exvideo_core.comfyui.apply.transformer import ExtendedVideoTransformer
-from exvideo_core.comfyui.low_memory import budget as chunks
+from exvideo_core.comfyui.low_memory.budget import limit_chunks
+from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
 from exvideo_core.comfyui.low_memory.estimate import MemorySettings
-from exvideo_core.comfyui.low_memory.res_blocks import BoundedDownsample, BoundedResBlock, BoundedUpsample
-from exvideo_core.comfyui.low_memory.skip_connections import HostBuffers, Joined, Skip
+from exvideo_core.comfyui.low_memory.host_buffers import HostBuffers
+from exvideo_core.comfyui.low_memory.res_blocks import ChunkedDownsample, ChunkedResBlock, ChunkedUpsample
+from exvideo_core.comfyui.low_memory.skip_connections import LazyConcat, SkipConnection
 
 FRAMES, HEIGHT, WIDTH = 7, 12, 20
 #: One frame or row at a time, odd numbers of them, and more than there is.
-BUDGETS = [chunks.Budget(size) for size in (1, 300_001, 1_000_003)]
-WHOLE = chunks.Budget(2**40)
+CHUNK_BYTES = (1, 300_001, 1_000_003)
+WHOLE = 2**40
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def inputs(clips: int, height: int = HEIGHT, width: int = WIDTH, dtype: torch.dt
     return sample, context, torch.tensor([[29.0, 127.0, 0.02], [6.0, 40.0, 0.1]])[:clips]
 
 
-def call_within(budget: chunks.Budget, model, clips: int, monkeypatch, dtype=torch.float32, **size) -> torch.Tensor:
-    monkeypatch.setattr(MemorySettings, "chunk_bytes", lambda self, device: budget.chunk_bytes)
+def call_within(chunk_bytes: int, model, clips: int, monkeypatch, dtype=torch.float32, **size) -> torch.Tensor:
+    monkeypatch.setattr(MemorySettings, "chunk_bytes", lambda self, device: chunk_bytes)
     sample, context, ids = inputs(clips, dtype=dtype, **size)
     return svd.call_host(model, sample, 0.7, context, ids)
 
@@ -61,7 +63,7 @@ def layers(model) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     context = torch.randn(2, 1, svd.CONTEXT, generator=generator).repeat_interleave(FRAMES, 0)
     seen = set()
     for name, module in unet.named_modules():
-        if isinstance(module, ExtendedVideoTransformer | BoundedResBlock | BoundedUpsample | BoundedDownsample):
+        if isinstance(module, ExtendedVideoTransformer | ChunkedResBlock | ChunkedUpsample | ChunkedDownsample):
             kind = (type(module), module.channels if hasattr(module, "channels") else module.in_channels)
             if kind in seen:
                 continue
@@ -69,7 +71,7 @@ def layers(model) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
             x = torch.randn(count, kind[1], HEIGHT, WIDTH, generator=generator)
             if isinstance(module, ExtendedVideoTransformer):
                 call = lambda m=module, x=x: m(x, context, None, FRAMES, None, {})  # noqa: E731
-            elif isinstance(module, BoundedResBlock):
+            elif isinstance(module, ChunkedResBlock):
                 call = lambda m=module, x=x: m(x, emb, FRAMES, None)  # noqa: E731
             else:
                 call = lambda m=module, x=x: m(x)  # noqa: E731
@@ -80,12 +82,12 @@ def layers(model) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 def test_every_layer_in_chunks_is_the_layer_at_once(patched) -> None:
     kinds = 0
     for name, call in layers(patched):
-        with chunks.use(WHOLE):
+        with limit_chunks(WHOLE):
             whole = call()
-        for budget in BUDGETS:
-            with chunks.use(budget):
+        for chunk_bytes in CHUNK_BYTES:
+            with limit_chunks(chunk_bytes):
                 error = svd.relative_error(call(), whole)
-            assert error < 1e-6, (name, budget, error)
+            assert error < 1e-6, (name, chunk_bytes, error)
         kinds += 1
     assert kinds >= 10
 
@@ -94,9 +96,9 @@ def test_every_layer_in_chunks_is_the_layer_at_once(patched) -> None:
 def test_a_call_in_chunks_is_the_call_at_once(patched, clips, monkeypatch) -> None:
     """A hundred layers one after the other: what rounds differently at 1e-7 grows to some 1e-6."""
     whole = call_within(WHOLE, patched, clips, monkeypatch)
-    for budget in BUDGETS:
-        error = svd.relative_error(call_within(budget, patched, clips, monkeypatch), whole)
-        print(f"{budget}: {error:.1e}")
+    for chunk_bytes in CHUNK_BYTES:
+        error = svd.relative_error(call_within(chunk_bytes, patched, clips, monkeypatch), whole)
+        print(f"{chunk_bytes}: {error:.1e}")
         assert error < 5e-6
 
 
@@ -105,7 +107,7 @@ def test_half_precision_in_chunks(dtype, monkeypatch) -> None:
     half = svd.make_pair(dtype)
     model = apply_extension(half.base, half.extension)
     whole = call_within(WHOLE, model, 1, monkeypatch, dtype)
-    parts = call_within(BUDGETS[1], model, 1, monkeypatch, dtype)
+    parts = call_within(CHUNK_BYTES[1], model, 1, monkeypatch, dtype)
     assert parts.isfinite().all()
     assert svd.relative_error(parts, whole) < 8 * torch.finfo(dtype).eps
 
@@ -125,10 +127,10 @@ def test_128_frames_in_half_precision_stay_finite(dtype) -> None:
 
 
 def test_offloaded_skips_change_nothing(patched, monkeypatch) -> None:
-    kept = call_within(BUDGETS[1], patched, 1, monkeypatch)
-    away = with_memory(patched, MemorySettings(offload_skips=True))
+    kept = call_within(CHUNK_BYTES[1], patched, 1, monkeypatch)
+    away = with_memory_settings(patched, MemorySettings(offload_skips=True))
     for _ in range(2):  # the second time in the buffers of the first
-        assert call_within(BUDGETS[1], away, 1, monkeypatch).equal(kept)
+        assert call_within(CHUNK_BYTES[1], away, 1, monkeypatch).equal(kept)
 
 
 def test_buffers_of_skips_are_used_again_pinned_once_and_given_back() -> None:
@@ -159,8 +161,8 @@ def test_buffers_of_skips_are_used_again_pinned_once_and_given_back() -> None:
 
 def test_skips_are_joined_chunk_by_chunk() -> None:
     parts = [torch.randn(5, 3, 2, 2), torch.randn(5, 4, 2, 2)]
-    joined = torch.cat([parts[0], Skip(parts[1], HostBuffers(lambda buffer: False, id))], dim=1)
-    assert isinstance(joined, Joined)
+    joined = torch.cat([parts[0], SkipConnection(parts[1], HostBuffers(lambda buffer: False, id))], dim=1)
+    assert isinstance(joined, LazyConcat)
     assert joined.shape == (5, 7, 2, 2)
     spans = [(0, 2), (2, 5)]
     found = torch.cat(list(joined.chunks(spans)))
@@ -177,9 +179,9 @@ def test_a_users_output_patch_sees_tensors(patched, monkeypatch) -> None:
 
     model = patched.clone()
     model.set_model_output_block_patch(scale)
-    changed = call_within(BUDGETS[2], model, 1, monkeypatch)
+    changed = call_within(CHUNK_BYTES[2], model, 1, monkeypatch)
     assert set(seen) == {torch.Tensor} and len(seen) == 12
-    assert svd.relative_error(changed, call_within(BUDGETS[2], patched, 1, monkeypatch)) > 1e-3
+    assert svd.relative_error(changed, call_within(CHUNK_BYTES[2], patched, 1, monkeypatch)) > 1e-3
 
 
 def test_an_attention_override_sees_every_attention(patched, monkeypatch) -> None:
@@ -200,7 +202,7 @@ def test_an_attention_override_sees_every_attention(patched, monkeypatch) -> Non
 def test_without_the_shortcut_it_is_the_same(patched, monkeypatch) -> None:
     """A context of the same token twice has two keys, so that cross-attention is really computed."""
     sample, context, ids = inputs(1)
-    monkeypatch.setattr(MemorySettings, "chunk_bytes", lambda self, device: BUDGETS[1].chunk_bytes)
+    monkeypatch.setattr(MemorySettings, "chunk_bytes", lambda self, device: CHUNK_BYTES[1])
     one = svd.call_host(patched, sample, 0.7, context, ids)
     two = svd.call_host(patched, sample, 0.7, context.expand(-1, 2, -1), ids)
     assert svd.relative_error(two, one) < 5e-6
@@ -209,7 +211,7 @@ def test_without_the_shortcut_it_is_the_same(patched, monkeypatch) -> None:
 def test_the_host_is_told_what_a_call_needs(pair) -> None:
     """While models are loaded: one condition's need, not the host's guess; and no trace of it afterwards."""
     model = apply_extension(pair.base, pair.extension)
-    model = with_memory(model, MemorySettings(chunk_megabytes=16))
+    model = with_memory_settings(model, MemorySettings(chunk_megabytes=16))
     told: list[float] = []
     keep = comfy.model_management.load_models_gpu
 
@@ -297,7 +299,7 @@ def test_the_host_is_told_of_what_other_nodes_take(pair, caplog) -> None:
     assert skips == pytest.approx(plain + 8 * area)
     controlled = {"positive": [{"control": object()}]}
     assert told_of(model, controlled) == pytest.approx(plain + 2 * area)
-    away = with_memory(model, MemorySettings(offload_skips=True))
+    away = with_memory_settings(model, MemorySettings(offload_skips=True))
     assert told_of(away) == pytest.approx(plain - 3 * area)
     assert told_of(away, controlled) == told_of(model, controlled)
     assert told_of(guided_by_both(model)) == pytest.approx(told_of(model) + (6 + 2 * 20) * area)
@@ -311,8 +313,8 @@ def test_patches_that_can_be_cut_see_all_conditions_of_some_frames(pair, monkeyp
     whole = call_within(WHOLE, model, 2, monkeypatch)
     plain = call_within(WHOLE, apply_extension(pair.base, pair.extension), 2, monkeypatch)
     assert svd.relative_error(whole, plain) > 1e-2
-    for budget in BUDGETS:
-        assert svd.relative_error(call_within(budget, model, 2, monkeypatch), whole) < 5e-6
+    for chunk_bytes in CHUNK_BYTES:
+        assert svd.relative_error(call_within(chunk_bytes, model, 2, monkeypatch), whole) < 5e-6
 
 
 def test_chunks_follow_the_card_and_not_what_is_free_of_it(monkeypatch) -> None:
@@ -327,4 +329,4 @@ def test_chunks_follow_the_card_and_not_what_is_free_of_it(monkeypatch) -> None:
 
 def test_settings_want_an_extension(pair) -> None:
     with pytest.raises(ValueError, match="ExVideo Apply"):
-        with_memory(pair.base, MemorySettings())
+        with_memory_settings(pair.base, MemorySettings())

@@ -14,13 +14,13 @@ import svd
 from composition import CASES, hook_lora, lora, noise_of, sample
 from exvideo_core.comfyui.apply.patch import apply_extension
 from exvideo_core.comfyui.checkpoint.load import load_checkpoint
-from exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
-from exvideo_core.comfyui.sampling.windows import Windows, with_windows
+from exvideo_core.comfyui.sampling.tiles import TileSettings, with_tiles
+from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
 from exvideo_core.method.extension import Extension
-from exvideo_core.video.windows import hold_weights, spans
+from exvideo_core.video.windows import continuation_mask, split_windows
 
 FRAMES, WINDOW, OVERLAP = 10, 6, 2
-SEQUENTIAL, FLAT = Windows(WINDOW, OVERLAP, "sequential"), Windows(WINDOW, OVERLAP, "flat")
+SEQUENTIAL, FLAT = WindowSettings(WINDOW, OVERLAP, "sequential"), WindowSettings(WINDOW, OVERLAP, "flat")
 #: How far two ways to the same clip may be apart, from rounding alone.
 ROUNDING = 2e-4
 
@@ -96,7 +96,7 @@ def test_each_window_sees_its_own_hints(model, settings, count: int) -> None:
     sampling = {"noise": noise_of(FRAMES), "conds": controlled(control), "steps": 2}
     _, calls = calls_of(with_windows(model, settings), **sampling)
     whole = calls_of(model, **sampling)[1][0]["hint"][:FRAMES, 0, 0, 0]
-    windows = [tuple(window) for window in spans(FRAMES, WINDOW, OVERLAP)]
+    windows = [tuple(window) for window in split_windows(FRAMES, WINDOW, OVERLAP)]
     found = [tuple(call["hint"][:WINDOW, 0, 0, 0].tolist()) for call in calls]
     assert set(found) == {tuple(whole[list(window)].tolist()) for window in windows}
     assert control.cond_hint is None and len(control.cond_hint_original) == count
@@ -106,7 +106,7 @@ def test_chained_controls_follow_too(model) -> None:
     control = control_of(frame_hints(FRAMES), previous=control_of(100 * frame_hints(FRAMES)))
     _, calls = calls_of(with_windows(model, FLAT), noise=noise_of(FRAMES), conds=controlled(control))
     found = {call["hint"][0, 0, 0, 0].item() for call in calls}
-    assert found == {101.0 * (window[0] + 1) for window in spans(FRAMES, WINDOW, OVERLAP)}
+    assert found == {101.0 * (window[0] + 1) for window in split_windows(FRAMES, WINDOW, OVERLAP)}
 
 
 class BoundControl(comfy.controlnet.ControlNet):
@@ -138,20 +138,22 @@ def test_controls_that_know_of_frames_are_told_theirs(model, settings) -> None:
     control = BoundControl().set_cond_hint(frame_hints(FRAMES))
     _, calls = calls_of(with_windows(model, settings), noise=noise_of(FRAMES), conds=controlled(control))
     found = {tuple(call["hint"][:WINDOW, 0, 0, 0].tolist()) for call in calls}
-    assert found == {tuple(frame + 1.0 for frame in window) for window in spans(FRAMES, WINDOW, OVERLAP)}
+    assert found == {tuple(frame + 1.0 for frame in window) for window in split_windows(FRAMES, WINDOW, OVERLAP)}
     assert control.sub_idxs is None and control.get_control.__self__ is control
 
 
 def test_each_tile_sees_its_own_hints(model) -> None:
     hint = torch.rand(1, 3, 8 * 12, 8 * 16, generator=torch.Generator().manual_seed(3))
     noise = torch.randn(3, 4, 12, 16, generator=torch.Generator().manual_seed(7))
-    _, calls = calls_of(with_tiles(model, Tiles(10, 8, 4)), noise=noise, conds=controlled(control_of(hint)), steps=1)
+    _, calls = calls_of(
+        with_tiles(model, TileSettings(10, 8, 4)), noise=noise, conds=controlled(control_of(hint)), steps=1
+    )
     whole = torch.nn.functional.avg_pool2d(hint[:, :1], 8)[0, 0]
     found = [call["hint"][0, 0] for call in calls]
     expected = [
         whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        for rows in spans(12, 8, 4)
-        for columns in spans(16, 10, 4)
+        for rows in split_windows(12, 8, 4)
+        for columns in split_windows(16, 10, 4)
     ]
     for tile in expected:
         assert any(torch.allclose(tile, each) for each in found)
@@ -168,7 +170,7 @@ def test_each_window_sees_its_own_masks(model, settings) -> None:
         other = [positive[0][0].flip(-1), {**positive[0][1], "mask": mask, "mask_strength": 1.0}]
         return [*positive, other], negative
 
-    windowed = with_windows(model, Windows(WINDOW, OVERLAP, settings.fuse, "first picture"))
+    windowed = with_windows(model, WindowSettings(WINDOW, OVERLAP, settings.fuse, "first picture"))
     plain, found = (sample(windowed, noise=noise_of(FRAMES), conds=conds) for conds in (None, masked))
     first = range(WINDOW - OVERLAP)
     assert svd.relative_error(found[first], plain[first]) < ROUNDING
@@ -185,7 +187,7 @@ def test_areas_and_boxes_are_those_of_the_tile(model) -> None:
     def everywhere(positive: list, negative: list) -> tuple[list, list]:
         return [*positive, [positive[0][0].flip(-1), positive[0][1]]], negative
 
-    tiled = with_tiles(model, Tiles(8, 8, 0))
+    tiled = with_tiles(model, TileSettings(8, 8, 0))
     plain, found, both = (sample(tiled, noise=noise, steps=1, conds=conds) for conds in (None, right, everywhere))
     assert svd.relative_error(found[..., :8], plain[..., :8]) < ROUNDING
     assert svd.relative_error(found[..., 8:], plain[..., 8:]) > 0.05
@@ -199,7 +201,7 @@ def sequential_by_hand(change, model, **sampling: Any) -> torch.Tensor:
         change: what other nodes do to the model, anew for each window.
     """
     noise, clip = noise_of(FRAMES), torch.zeros(FRAMES, 4, 8, 8)
-    windows = spans(FRAMES, WINDOW, OVERLAP)
+    windows = split_windows(FRAMES, WINDOW, OVERLAP)
     for number, frames in enumerate(windows):
         picture = clip[frames[:1]].clone() if number else None
 
@@ -208,7 +210,7 @@ def sequential_by_hand(change, model, **sampling: Any) -> torch.Tensor:
                 return positive, negative
             return [[positive[0][0], {**positive[0][1], "concat_latent_image": start}]], negative
 
-        mask = hold_weights(windows, number).view(-1, 1, 1, 1).expand(-1, 1, 8, 8) if number else None
+        mask = continuation_mask(windows, number).view(-1, 1, 1, 1).expand(-1, 1, 8, 8) if number else None
         clip[frames] = sample(change(model), noise=noise[frames], latent=clip[frames], noise_mask=mask, conds=begun,
                               seed=1 + number, **sampling)  # fmt: skip
     return clip
@@ -230,7 +232,7 @@ def test_easycache_keeps_averaged_windows_and_tiles_apart(model) -> None:
                                sample(model, noise=noise_of(WINDOW), steps=8))  # fmt: skip
     for cut, noise in (
         (lambda each: with_windows(each, FLAT), noise_of(FRAMES)),
-        (lambda each: with_tiles(each, Tiles(8, 8, 2)), noise_of(3, 12)),
+        (lambda each: with_tiles(each, TileSettings(8, 8, 2)), noise_of(3, 12)),
     ):
         found = svd.relative_error(*(sample(each, noise=noise, steps=8) for each in (cached(cut(model)), cut(model))))
         assert 0 < found < 5 * max(alone, 0.01)
@@ -245,7 +247,7 @@ def test_lora_schedules_begin_anew_in_each_window(model) -> None:
     first, last = alone[0]["weight"], alone[-1]["weight"]
     assert not first.equal(last)
     schedule = [call["weight"].equal(first) for call in alone]
-    assert [call["weight"].equal(first) for call in calls] == schedule * len(spans(FRAMES, WINDOW, OVERLAP))
+    assert [call["weight"].equal(first) for call in calls] == schedule * len(split_windows(FRAMES, WINDOW, OVERLAP))
 
 
 def test_guidance_sees_the_noise_level_of_its_window(model) -> None:
@@ -260,7 +262,7 @@ def test_guidance_sees_the_noise_level_of_its_window(model) -> None:
     guided = with_windows(model, SEQUENTIAL)
     guided.set_model_sampler_cfg_function(guide)
     sample(guided, noise=noise_of(FRAMES), steps=3)
-    count = len(spans(FRAMES, WINDOW, OVERLAP))
+    count = len(split_windows(FRAMES, WINDOW, OVERLAP))
     assert len(levels) == 3 * count and all(len(level) == 1 and level[0] > 0 for level in levels)
     assert levels == levels[:3] * count
 
@@ -303,9 +305,9 @@ def test_sequential_windows_go_on_from_what_another_sampler_has_left(model) -> N
     windowed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", see)
     left = sample(with_windows(model, FLAT), noise=noise_of(FRAMES), steps=4, last_step=2, force_full_denoise=False)
     clip = sample(windowed, noise=torch.zeros_like(left), latent=left, steps=4, start_step=2, disable_noise=True)
-    begun = seen[:: len(seen) // len(spans(FRAMES, WINDOW, OVERLAP))]
+    begun = seen[:: len(seen) // len(split_windows(FRAMES, WINDOW, OVERLAP))]
     scaled = model.model.process_latent_in(left)
-    for x, frames in zip(begun, spans(FRAMES, WINDOW, OVERLAP), strict=True):
+    for x, frames in zip(begun, split_windows(FRAMES, WINDOW, OVERLAP), strict=True):
         assert svd.relative_error(x, scaled[frames]) < ROUNDING
     alone = sample(model, noise=torch.zeros(WINDOW, 4, 8, 8), latent=left[:WINDOW], steps=4, start_step=2,
                    disable_noise=True)  # fmt: skip

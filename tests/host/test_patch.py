@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 import svd
-from exvideo_core.comfyui.apply.patch import apply_extension, with_memory
+from exvideo_core.comfyui.apply.patch import apply_extension
 from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
 from exvideo_core.comfyui.low_memory.estimate import MemorySettings
 from exvideo_core.files.safetensors_header import ModelFileError
 from exvideo_core.method.extension import Extension
@@ -61,7 +62,7 @@ def test_strength_zero_is_the_unpatched_host(base, extension, frames: int) -> No
     """Of any length, and computed in chunks like every other strength."""
     unchanged = apply_extension(base, extension, strength=0.0)
     assert svd.relative_error(call(unchanged, frames), call(base, frames)) < 5e-5  # rounding: in chunks, and at once
-    assert call(with_memory(unchanged, MemorySettings(1, True))).isfinite().all()
+    assert call(with_memory_settings(unchanged, MemorySettings(1, True))).isfinite().all()
     assert unchanged.model_size() == apply_extension(base, extension).model_size()
 
 

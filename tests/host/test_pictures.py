@@ -8,10 +8,10 @@ import torch
 
 from exvideo_core.comfyui.apply.patch import apply_extension
 from exvideo_core.comfyui.checkpoint.load import load_checkpoint
-from exvideo_core.comfyui.inspect import measure, sheet
-from exvideo_core.comfyui.sampling.recording import Recording, recorded
-from exvideo_core.comfyui.sampling.windows import Windows, with_windows
-from exvideo_core.comfyui.vae.conditioning import decode
+from exvideo_core.comfyui.inspect import denoising_sheet, measure_distances
+from exvideo_core.comfyui.sampling.recording import Recording, record_sampling
+from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
+from exvideo_core.comfyui.vae.decode import decode
 from exvideo_core.method.extension import Extension
 
 FRAMES, STEPS = 8, 6
@@ -40,49 +40,49 @@ def sample(model, frames: int = FRAMES, steps: int = STEPS, seed: int = 0) -> to
 
 
 def test_the_last_recorded_step_is_the_result_and_sampling_stays_the_same(model) -> None:
-    clone, recording = recorded(model, 3)
+    clone, recording = record_sampling(model, 3)
     result = sample(clone)
     assert result.equal(sample(model))
-    run = recording.run_of(result)
-    assert run.steps == STEPS and list(run.kept) == [2, 4, 6]
+    run = recording.find_run(result)
+    assert run.steps == STEPS and list(run.x0) == [2, 4, 6]
     # Euler's last step, to no noise, goes all the way to what the model takes the clip to be.
-    assert torch.allclose(run.kept[STEPS], result, atol=1e-5)
-    early, late = ((run.kept[step] - result).norm().item() for step in (2, 4))
+    assert torch.allclose(run.x0[STEPS], result, atol=1e-5)
+    early, late = ((run.x0[step] - result).norm().item() for step in (2, 4))
     assert early > late > 0
 
 
 def test_each_clip_keeps_the_run_that_made_it(model) -> None:
     """The host keeps a sampler's result while the same model samples other clips."""
-    clone, recording = recorded(model, 64)
+    clone, recording = record_sampling(model, 64)
     first, second = sample(clone, seed=0), sample(clone, seed=1)
     shorter = sample(clone, FRAMES - 2, 2)
-    again = sample(recorded(model, 64)[0], seed=0)
+    again = sample(record_sampling(model, 64)[0], seed=0)
     assert first.equal(again)
     for result, seed in ((first, 0), (second, 1)):
-        alone, other = recorded(model, 64)
+        alone, other = record_sampling(model, 64)
         sample(alone, seed=seed)
-        found, expected = recording.run_of(result).kept, other.run_of(result).kept
+        found, expected = recording.find_run(result).x0, other.find_run(result).x0
         assert list(found) == list(expected) == [1, 2, 3, 4, 5, 6]
         assert all(found[step].equal(expected[step]) for step in expected)
-    assert list(recording.run_of(shorter).kept) == [1, 2]
-    assert recording.run_of(first * 1.2 + 0.1) is recording.run_of(first)
+    assert list(recording.find_run(shorter).x0) == [1, 2]
+    assert recording.find_run(first * 1.2 + 0.1) is recording.find_run(first)
     with pytest.raises(ValueError, match="no run that made this clip"):
-        recording.run_of(torch.randn(first.shape))
+        recording.find_run(torch.randn(first.shape))
 
 
 def test_windows_are_recorded_as_the_clip_they_make(model) -> None:
-    clone, recording = recorded(with_windows(model, Windows(6, 2, "sequential")), 2)
+    clone, recording = record_sampling(with_windows(model, WindowSettings(6, 2, "sequential")), 2)
     result = sample(clone, 10, 3)
-    run = recording.run_of(result)
-    assert torch.allclose(run.kept[run.steps], result, atol=1e-5)
+    run = recording.find_run(result)
+    assert torch.allclose(run.x0[run.steps], result, atol=1e-5)
 
 
 def test_a_sheet_shows_the_frames_themselves(loaded, model) -> None:
     _, vae, _ = loaded
-    clone, recording = recorded(model, 2)
+    clone, recording = record_sampling(model, 2)
     result = sample(clone)
-    picture = sheet(vae, result, recording, 3, edge=64)
-    alone = sheet(vae, result, None, 3, edge=64)
+    picture = denoising_sheet(vae, result, recording, 3, edge=64)
+    alone = denoising_sheet(vae, result, None, 3, edge=64)
     assert picture.height == alone.height + 68  # the last step is the result, and shown once
     frame = (decode(vae, result, 24, 12, "smooth")[7] * 255).round().byte()
     corner = picture.crop((picture.width - 68, picture.height - 68, picture.width - 4, picture.height - 4))
@@ -95,7 +95,7 @@ def test_frames_of_a_long_clip_are_decoded_among_their_neighbours(loaded) -> Non
     _, _, vae = load_checkpoint(str(recipe.CHECKPOINT))  # trained: what it makes of a frame alone has other colours
     torch.manual_seed(0)
     clip = torch.nn.functional.interpolate(torch.randn(1, 4, 10, 4, 4), (64, 8, 8), mode="trilinear")[0].movedim(1, 0)
-    picture = sheet(vae, clip, None, 3, edge=64)
+    picture = denoising_sheet(vae, clip, None, 3, edge=64)
     whole = decode(vae, clip, 24, 12, "smooth")
     for column, index in enumerate((0, 32, 63)):
         left = picture.width - (3 - column) * 68
@@ -109,17 +109,17 @@ def test_frames_of_a_long_clip_are_decoded_among_their_neighbours(loaded) -> Non
 
 def test_a_recording_of_another_clip_is_refused(loaded, model) -> None:
     _, vae, _ = loaded
-    clone, recording = recorded(model, 2)
+    clone, recording = record_sampling(model, 2)
     with pytest.raises(ValueError, match="empty"):
-        sheet(vae, torch.zeros(FRAMES, 4, 8, 8), Recording(), 3, 64)
+        denoising_sheet(vae, torch.zeros(FRAMES, 4, 8, 8), Recording(), 3, 64)
     sample(clone)
     with pytest.raises(ValueError, match="of another size"):
-        sheet(vae, torch.zeros(FRAMES + 1, 4, 8, 8), recording, 3, 64)
+        denoising_sheet(vae, torch.zeros(FRAMES + 1, 4, 8, 8), recording, 3, 64)
 
 
 def test_distances_want_the_base_itself(loaded, model) -> None:
     base, _, extension = loaded
-    assert measure(extension)[0].weights is None
-    assert all(distance.weights > 0 for distance in measure(extension, base))
+    assert measure_distances(extension)[0].weights is None
+    assert all(distance.weights > 0 for distance in measure_distances(extension, base))
     with pytest.raises(ValueError, match="checkpoint's model"):
-        measure(extension, model)
+        measure_distances(extension, model)

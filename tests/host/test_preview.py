@@ -17,7 +17,7 @@ from comfy.latent_formats import SD15
 import svd
 from exvideo_core.comfyui.apply.patch import apply_extension
 from exvideo_core.comfyui.sampling import preview
-from exvideo_core.comfyui.sampling.preview import Player
+from exvideo_core.comfyui.sampling.preview import PreviewPlayer
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def brightening(frames: int, size: int = 8) -> torch.Tensor:
     return torch.linspace(-1, 1, frames).view(-1, 1, 1, 1) * torch.ones(1, 4, size, size)
 
 
-def player(steps: int = 4) -> Player:
+def player(steps: int = 4) -> PreviewPlayer:
     previewer = latent_preview.get_previewer(torch.device("cpu"), SD15())
     bar = comfy.utils.ProgressBar(steps)
 
     def callback(step, denoised, x, total):  # noqa: ANN001
         bar.update_absolute(step + 1, total, previewer.decode_latent_to_preview_image("JPEG", denoised))
 
-    return Player(previewer, callback)
+    return PreviewPlayer(previewer, callback)
 
 
 def test_frames_are_shown_in_turn_and_progress_never_runs_back(messages) -> None:

@@ -8,7 +8,7 @@ import torch
 import reference
 import svd
 from exvideo_core.comfyui.apply.patch import apply_extension
-from exvideo_core.video import images
+from exvideo_core.video.latents import normalize_latents
 
 FRAMES, HEIGHT, WIDTH, STEPS = 24, 16, 16, 10
 SCALE = 0.18215
@@ -30,7 +30,7 @@ def test_whole_run_matches_the_reference() -> None:
     latents = comfy.sample.sample(
         model, noise, STEPS, 2.0, "euler", "karras", positive, negative, torch.zeros_like(noise), seed=0
     )
-    ours = images.normalize_latents(latents, True, 1.2) * SCALE
+    ours = normalize_latents(latents, True, 1.2) * SCALE
 
     expected = _reference_run(pair.reference(), noise, embedding, picture)
     error = svd.relative_error(ours, expected)

@@ -11,9 +11,9 @@ from comfy.patcher_extension import WrappersMP
 import svd
 from exvideo_core.choices import ANCHORS, FUSES
 from exvideo_core.comfyui.apply.patch import apply_extension
-from exvideo_core.comfyui.sampling.tiles import Tiles, with_tiles
-from exvideo_core.comfyui.sampling.windows import Windows, with_windows
-from exvideo_core.video.windows import fuse_weights, hold_weights, spans
+from exvideo_core.comfyui.sampling.tiles import TileSettings, with_tiles
+from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
+from exvideo_core.video.windows import continuation_mask, fuse_weights, split_windows
 
 FRAMES, SIZE = 13, 8
 WINDOW, OVERLAP = 6, 2
@@ -43,7 +43,9 @@ def conditioning(size: int = SIZE, picture: torch.Tensor | None = None) -> tuple
 def test_anchors_differ(model) -> None:
     """By far more than any rounding that the tests below allow."""
     for fuse in ("sequential", "flat"):
-        first, second, third = (sample(with_windows(model, Windows(6, 2, fuse, anchor)), noise()) for anchor in ANCHORS)
+        first, second, third = (
+            sample(with_windows(model, WindowSettings(6, 2, fuse, anchor)), noise()) for anchor in ANCHORS
+        )
         assert min(svd.relative_error(first, second), svd.relative_error(second, third)) > 0.05
 
 
@@ -71,7 +73,7 @@ def guided(model, min_cfg: float):
 def test_a_clip_that_fits_is_sampled_as_without(model, fuse) -> None:
     plain = sample(model, noise())
     for frames in (FRAMES, FRAMES + 5):
-        found = sample(with_windows(model, Windows(frames, 4, fuse, recurring_noise=True)), noise())
+        found = sample(with_windows(model, WindowSettings(frames, 4, fuse, freenoise=True)), noise())
         assert torch.equal(found, plain)
 
 
@@ -95,17 +97,17 @@ def fused_by_hand(model, given, windows, fuse, anchor, negative_only=False) -> t
     ("fuse", "anchor"), [("pyramid", "window start"), ("overlap-linear", "first picture"), ("flat", "none")]
 )
 def test_a_fused_step_is_the_mean_of_its_windows(model, fuse, anchor) -> None:
-    given, windows = noise(), spans(FRAMES, WINDOW, OVERLAP)
+    given, windows = noise(), split_windows(FRAMES, WINDOW, OVERLAP)
     expected = fused_by_hand(model, given, windows, fuse, anchor)
-    found = sample(with_windows(model, Windows(WINDOW, OVERLAP, fuse, anchor)), given, steps=1)
+    found = sample(with_windows(model, WindowSettings(WINDOW, OVERLAP, fuse, anchor)), given, steps=1)
     assert svd.relative_error(found, expected) < ROUNDING
 
 
 def test_fused_guidance_runs_over_the_whole_clip(model) -> None:
-    given, windows = noise(), spans(FRAMES, WINDOW, OVERLAP)
+    given, windows = noise(), split_windows(FRAMES, WINDOW, OVERLAP)
     yes, no = (fused_by_hand(model, given, windows, "flat", "window start", only) for only in (False, True))
     expected = no + torch.linspace(1.0, 3.0, FRAMES).view(-1, 1, 1, 1) * (yes - no)
-    found = sample(guided(with_windows(model, Windows(WINDOW, OVERLAP, "flat")), 1.0), given, steps=1, cfg=3.0)
+    found = sample(guided(with_windows(model, WindowSettings(WINDOW, OVERLAP, "flat")), 1.0), given, steps=1, cfg=3.0)
     assert svd.relative_error(found, expected) < ROUNDING
     assert svd.relative_error(found, no + 2.0 * (yes - no)) > 0.05
 
@@ -122,16 +124,16 @@ def sequential_by_hand(model, given, windows, anchor, min_cfg, cfg) -> torch.Ten
         picture = None
         if number and anchor != "first picture":
             picture = clip[frames[:1]] if anchor == "window start" else torch.zeros(1, 4, SIZE, SIZE)
-        mask = hold_weights(windows, number).view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE) if number else None
+        mask = continuation_mask(windows, number).view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE) if number else None
         clip[frames] = sample(placed, given[frames], cfg=cfg, picture=picture, latent=clip[frames], mask=mask)
     return clip
 
 
 @pytest.mark.parametrize(("anchor", "closed_loop"), [*((anchor, False) for anchor in ANCHORS), ("window start", True)])
 def test_sequential_windows_go_on_from_each_other(model, anchor, closed_loop) -> None:
-    given, windows = noise(), spans(FRAMES, WINDOW, OVERLAP, closed_loop)
+    given, windows = noise(), split_windows(FRAMES, WINDOW, OVERLAP, closed_loop)
     expected = sequential_by_hand(model, given, windows, anchor, 1.0, 3.0)
-    settings = Windows(WINDOW, OVERLAP, "sequential", anchor, closed_loop=closed_loop)
+    settings = WindowSettings(WINDOW, OVERLAP, "sequential", anchor, closed_loop=closed_loop)
     found = sample(guided(with_windows(model, settings), 1.0), given, cfg=3.0)
     print(f"relative error {svd.relative_error(found, expected):.1e}")
     assert svd.relative_error(found, expected) < ROUNDING
@@ -140,7 +142,7 @@ def test_sequential_windows_go_on_from_each_other(model, anchor, closed_loop) ->
 @pytest.mark.parametrize("fuse", ["sequential", "pyramid"])
 def test_no_call_sees_more_than_a_window_and_room_is_made_for_one(pair, fuse) -> None:
     """Whether the extension comes before or after the windows."""
-    settings, room, seen = Windows(WINDOW, OVERLAP, fuse), [], []
+    settings, room, seen = WindowSettings(WINDOW, OVERLAP, fuse), [], []
 
     def note(executor, patcher, noise_shape, *rest, **named):
         room.append(list(noise_shape))
@@ -160,7 +162,7 @@ def test_no_call_sees_more_than_a_window_and_room_is_made_for_one(pair, fuse) ->
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", see)
         sample(model, noise(), steps=1)
         assert room and all(shape == [WINDOW, 4, SIZE, SIZE] for shape in room)
-        assert set(seen) == {WINDOW} and len(seen) == len(spans(FRAMES, WINDOW, OVERLAP))
+        assert set(seen) == {WINDOW} and len(seen) == len(split_windows(FRAMES, WINDOW, OVERLAP))
 
 
 @pytest.mark.parametrize("fuse", ["sequential", "flat"])
@@ -169,17 +171,17 @@ def test_given_frames_stay_as_given(model, fuse) -> None:
     held = [0, 7, FRAMES - 1]
     latent[held] = torch.randn(3, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(9))
     mask[held] = 0
-    found = sample(with_windows(model, Windows(WINDOW, OVERLAP, fuse)), noise(), latent=latent, mask=mask)
+    found = sample(with_windows(model, WindowSettings(WINDOW, OVERLAP, fuse)), noise(), latent=latent, mask=mask)
     torch.testing.assert_close(found[held], latent[held], rtol=1e-5, atol=1e-5)
     free = [frame for frame in range(FRAMES) if frame not in held]
-    plain = sample(with_windows(model, Windows(WINDOW, OVERLAP, fuse)), noise())
+    plain = sample(with_windows(model, WindowSettings(WINDOW, OVERLAP, fuse)), noise())
     assert svd.relative_error(found[free], plain[free]) > 1e-3
     assert found[free].abs().min(1).values.max() > 0
 
 
 @pytest.mark.parametrize("fuse", ["sequential", "pyramid"])
 def test_cancelled_in_the_middle_of_a_window_nothing_is_left_behind(model, fuse) -> None:
-    windowed = with_windows(model, Windows(WINDOW, OVERLAP, fuse))
+    windowed = with_windows(model, WindowSettings(WINDOW, OVERLAP, fuse))
     expected, plain = sample(windowed, noise()), sample(model, noise())
     calls = []
 
@@ -190,24 +192,24 @@ def test_cancelled_in_the_middle_of_a_window_nothing_is_left_behind(model, fuse)
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(windowed, noise(), callback=cancel)
-    steps = 2 * len(spans(FRAMES, WINDOW, OVERLAP)) if fuse == "sequential" else 2
+    steps = 2 * len(split_windows(FRAMES, WINDOW, OVERLAP)) if fuse == "sequential" else 2
     assert calls == [(step, steps, FRAMES) for step in range(len(calls))]
     assert torch.equal(sample(windowed, noise()), expected)
     assert torch.equal(sample(model, noise()), plain)
 
 
 def test_an_svd_without_an_extension_takes_windows_too(pair) -> None:
-    found = sample(with_windows(pair.base, Windows(WINDOW, OVERLAP)), noise())
+    found = sample(with_windows(pair.base, WindowSettings(WINDOW, OVERLAP)), noise())
     own = slice(WINDOW - OVERLAP)  # what follows goes over into the next window
     assert svd.relative_error(found[own], sample(pair.base, noise()[:WINDOW])[own]) < ROUNDING
 
 
 def test_windows_that_cannot_be_are_refused(pair, model) -> None:
     with pytest.raises(ValueError, match="Lower window_frames to 128"):
-        with_windows(model, Windows(129, 32))
-    assert with_windows(apply_extension(pair.base, pair.extension, positions="stretch"), Windows(129, 32))
+        with_windows(model, WindowSettings(129, 32))
+    assert with_windows(apply_extension(pair.base, pair.extension, positions="stretch"), WindowSettings(129, 32))
     with pytest.raises(ValueError, match="has to be smaller than the window"):
-        with_windows(model, Windows(8, 8))
+        with_windows(model, WindowSettings(8, 8))
 
 
 def test_a_tiled_step_is_the_blend_of_its_tiles(model) -> None:
@@ -217,9 +219,9 @@ def test_a_tiled_step_is_the_blend_of_its_tiles(model) -> None:
     left, right = (sample(model, given[..., a:b], steps=1, picture=picture[..., a:b]) for a, b in ((0, 10), (6, 16)))
     fade = torch.tensor([4, 3, 2, 1]) / 5
     expected = torch.cat([left[..., :6], left[..., 6:] * fade + right[..., :4] * (1 - fade), right[..., 4:]], -1)
-    found = sample(with_tiles(model, Tiles(10, 16, 4)), given, steps=1)
+    found = sample(with_tiles(model, TileSettings(10, 16, 4)), given, steps=1)
     assert svd.relative_error(found, expected) < ROUNDING
-    assert torch.equal(sample(with_tiles(model, Tiles(16, 16, 4)), given), sample(model, given))
+    assert torch.equal(sample(with_tiles(model, TileSettings(16, 16, 4)), given), sample(model, given))
 
 
 def test_tiles_and_windows_go_together(model) -> None:
@@ -230,10 +232,10 @@ def test_tiles_and_windows_go_together(model) -> None:
         return executor(x, *rest, **named)
 
     for both in (
-        with_tiles(with_windows(model, Windows(WINDOW, OVERLAP, "flat")), Tiles(10, 10, 4)),
-        with_windows(with_tiles(model, Tiles(10, 10, 4)), Windows(WINDOW, OVERLAP, "flat")),
+        with_tiles(with_windows(model, WindowSettings(WINDOW, OVERLAP, "flat")), TileSettings(10, 10, 4)),
+        with_windows(with_tiles(model, TileSettings(10, 10, 4)), WindowSettings(WINDOW, OVERLAP, "flat")),
     ):
         seen.clear()
         both.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", see)
         assert torch.isfinite(sample(both, noise(FRAMES, 16), steps=1)).all()
-        assert set(seen) == {(WINDOW, 8, 10, 10)} and len(seen) == len(spans(FRAMES, WINDOW, OVERLAP)) * 4
+        assert set(seen) == {(WINDOW, 8, 10, 10)} and len(seen) == len(split_windows(FRAMES, WINDOW, OVERLAP)) * 4

@@ -8,7 +8,9 @@ from einops import rearrange, repeat
 
 import reference
 from exvideo_core.method import positions, tensor_names
-from exvideo_core.video import images
+from exvideo_core.video.blending import segment_weights, split_segments
+from exvideo_core.video.images import clip_vision_pixels
+from exvideo_core.video.latents import normalize_latents
 
 
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (576, 1024), (300, 451), (224, 224), (128, 96)])
@@ -18,7 +20,7 @@ def test_clip_pixels(height: int, width: int) -> None:
     pixels = processor.resize_with_antialiasing(image.movedim(-1, 1) * 2 - 1, (224, 224))
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(1, 3, 1, 1)
-    torch.testing.assert_close(images.clip_pixels(image), ((pixels + 1) / 2 - mean) / std, rtol=0, atol=2e-5)
+    torch.testing.assert_close(clip_vision_pixels(image), ((pixels + 1) / 2 - mean) / std, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -29,13 +31,13 @@ def test_normalize_latents(normalize: bool) -> None:
     pipeline = reference.method_holder("pipelines.svd_video", "SVDVideoPipeline", scope)
     latents = torch.randn(9, 4, 6, 5) * torch.rand(9, 1, 1, 1) + torch.randn(9, 1, 1, 1)
     expected = pipeline.post_process_latents(None, latents.clone(), normalize, 1.2)
-    torch.testing.assert_close(images.normalize_latents(latents, normalize, 1.2), expected)
+    torch.testing.assert_close(normalize_latents(latents, normalize, 1.2), expected)
 
 
 def test_normalize_of_a_constant_frame_is_finite() -> None:
     latents = torch.randn(3, 4, 4, 4)
     latents[1] = 0.5
-    assert images.normalize_latents(latents, True, 1.0).isfinite().all()
+    assert normalize_latents(latents, True, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("frames", [1, 7, 8, 9, 12, 13, 40, 128])
@@ -58,8 +60,8 @@ def test_chunks_and_blending(frames: int) -> None:
 
     video = torch.zeros_like(expected)
     total = torch.zeros(frames, 1, 1, 1)
-    for start, end in images.chunks(frames, 8, 4):
-        weights = images.blend_weights(start, end, frames, 4, "linear").view(-1, 1, 1, 1)
+    for start, end in split_segments(frames, 8, 4):
+        weights = segment_weights(start, end, frames, 4, "linear").view(-1, 1, 1, 1)
         video[start:end] += Decoder().forward(latents[start:end].movedim(0, 1)).movedim(0, 1) * weights
         total[start:end] += weights
     torch.testing.assert_close(video / total, expected)
@@ -67,7 +69,7 @@ def test_chunks_and_blending(frames: int) -> None:
 
 def test_overlap_has_to_leave_a_step() -> None:
     with pytest.raises(ValueError, match="overlap_frames"):
-        list(images.chunks(10, 4, 4))
+        list(split_segments(10, 4, 4))
 
 
 def test_untrained_positions_are_the_references() -> None:

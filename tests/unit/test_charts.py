@@ -11,7 +11,7 @@ import torch
 from exvideo_core.method import tensor_names
 from exvideo_core.method.distances import distances
 from exvideo_core.method.extension import Extension
-from exvideo_core.video.charts import beside, contact_sheet, extension_chart
+from exvideo_core.video.charts import contact_sheet, extension_chart, stack_clips
 
 WIDTH, FRAMES = 8, 30
 
@@ -82,7 +82,7 @@ def test_a_sheet_holds_every_picture_in_its_place() -> None:
 )
 def test_clips_are_put_beside_each_other(direction: str, size: tuple[int, int]) -> None:
     first, second = torch.rand(5, 12, 16, 3), torch.rand(3, 6, 12, 4)
-    joined = beside(first, second, direction=direction)
+    joined = stack_clips(first, second, direction=direction)
     assert joined.shape == (5, *size, 3)
     assert joined[:, :12, :16].equal(first)
     other = joined[:, :12, 16:] if direction == "side by side" else joined[:, 12:]
@@ -92,7 +92,7 @@ def test_clips_are_put_beside_each_other(direction: str, size: tuple[int, int]) 
 
 def test_labels_stand_above_and_odd_sizes_become_even() -> None:
     first, second = torch.zeros(1, 31, 33, 3), torch.zeros(2, 31, 34, 3)
-    plain, labelled = beside(first, second), beside(first, second, ("base", ""))
+    plain, labelled = stack_clips(first, second), stack_clips(first, second, ("base", ""))
     assert plain.shape == (2, 30, 66, 3) and labelled.shape[0] == 2 and labelled.shape[1] % 2 == 0
     banner = labelled[0, : labelled.shape[1] - 31]
     assert banner[:, :33].std() > 0.05 and banner[:, 33:].std() < 0.01  # text on one side, none on the other

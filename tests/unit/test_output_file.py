@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from exvideo_core.files.output_file import OutputFileError, begin, discard, explained, finish
+from exvideo_core.files.output_file import OutputFileError, begin, discard, explain_errors, finish
 from exvideo_core.method import tensor_names
 from exvideo_core.method.extension import Extension
 
@@ -34,14 +34,14 @@ def extension() -> Extension:
     ],
 )
 def test_a_disks_refusals_say_what_to_do(number: int, told: str) -> None:
-    with pytest.raises(OutputFileError) as error, explained("/out/clip.mp4"):
+    with pytest.raises(OutputFileError) as error, explain_errors("/out/clip.mp4"):
         raise OSError(number, os.strerror(number))
     assert str(error.value).startswith(f"'/out/clip.mp4' cannot be written: {told}")
 
 
 @pytest.mark.parametrize("other", [OSError(errno.ECHILD, "no child"), ValueError("odd"), OSError("a text only")])
 def test_other_errors_stay_what_they_are(other: Exception) -> None:
-    with pytest.raises(type(other)) as error, explained("/out/clip.mp4"):
+    with pytest.raises(type(other)) as error, explain_errors("/out/clip.mp4"):
         raise other
     assert error.value is other
 

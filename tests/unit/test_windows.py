@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from exvideo_core.choices import FUSES
-from exvideo_core.video.frame_indices import frame_indices, free_share
-from exvideo_core.video.windows import fuse_weights, hold_weights, recurring_noise, spans
+from exvideo_core.video.frame_indices import frame_indices, noise_mask_values
+from exvideo_core.video.windows import continuation_mask, freenoise, fuse_weights, split_windows
 
 
 @pytest.mark.parametrize("length", [129, 160, 200, 224, 225, 256, 1800])
 @pytest.mark.parametrize(("window", "overlap"), [(128, 32), (128, 1), (25, 24), (2, 1)])
 def test_windows_cover_the_clip_and_share_enough(length: int, window: int, overlap: int) -> None:
-    windows = spans(length, window, overlap)
+    windows = split_windows(length, window, overlap)
     assert all(found == list(range(found[0], found[0] + window)) for found in windows)
     assert windows[0][0] == 0 and windows[-1][-1] == length - 1
     shared = [before[-1] - after[0] + 1 for before, after in zip(windows, windows[1:], strict=False)]
@@ -25,12 +25,12 @@ def test_windows_cover_the_clip_and_share_enough(length: int, window: int, overl
 
 @pytest.mark.parametrize("length", [1, 2, 127, 128])
 def test_a_clip_that_fits_is_one_window(length: int) -> None:
-    assert spans(length, 128, 32) == [list(range(length))]
+    assert split_windows(length, 128, 32) == [list(range(length))]
 
 
 @pytest.mark.parametrize(("length", "window", "overlap"), [(128, 128, 32), (200, 128, 32), (40, 25, 4), (64, 128, 32)])
 def test_a_closed_loop_runs_on_at_the_beginning(length: int, window: int, overlap: int) -> None:
-    windows = spans(length, window, overlap, closed_loop=True)
+    windows = split_windows(length, window, overlap, closed_loop=True)
     assert len(windows) > 1 and {frame for found in windows for frame in found} == set(range(length))
     for number, found in enumerate(windows):
         following = windows[(number + 1) % len(windows)]
@@ -42,12 +42,12 @@ def test_a_closed_loop_runs_on_at_the_beginning(length: int, window: int, overla
 @pytest.mark.parametrize(("arguments", "message"), [((100, 8, 8), "smaller"), ((50, 128, 32, True), "25 or less")])
 def test_impossible_windows_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        spans(*arguments)
+        split_windows(*arguments)
 
 
 def test_weights_of_a_linear_fade_sum_to_one() -> None:
     for loop in (False, True):
-        windows = spans(200, 64, 16, loop)
+        windows = split_windows(200, 64, 16, loop)
         total = torch.zeros(200)
         for number, frames in enumerate(windows):
             total[frames] += fuse_weights(windows, number, "overlap-linear")
@@ -56,7 +56,7 @@ def test_weights_of_a_linear_fade_sum_to_one() -> None:
 
 @pytest.mark.parametrize("fuse", [fuse for fuse in FUSES if fuse != "sequential"])
 def test_weights_are_positive_and_alike_from_both_sides(fuse: str) -> None:
-    windows = spans(352, 128, 16)
+    windows = split_windows(352, 128, 16)
     middle = fuse_weights(windows, 1, fuse)
     assert middle.shape == (128,) and (middle > 0).all()
     torch.testing.assert_close(middle, middle.flip(0))
@@ -66,20 +66,20 @@ def test_weights_are_positive_and_alike_from_both_sides(fuse: str) -> None:
 
 
 def test_finished_frames_are_held_and_fade_towards_a_windows_own() -> None:
-    windows = spans(16, 10, 4)  # 0-9, 6-15
-    assert hold_weights(windows, 0).tolist() == [1] * 10
-    torch.testing.assert_close(hold_weights(windows, 1), torch.tensor([0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1, 1]))
-    loop = spans(24, 16, 4, closed_loop=True)  # 0-15, 12-23 and 0-3
+    windows = split_windows(16, 10, 4)  # 0-9, 6-15
+    assert continuation_mask(windows, 0).tolist() == [1] * 10
+    torch.testing.assert_close(continuation_mask(windows, 1), torch.tensor([0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1, 1]))
+    loop = split_windows(24, 16, 4, closed_loop=True)  # 0-15, 12-23 and 0-3
     assert loop == [[*range(16)], [*range(12, 24), *range(4)]]
     fade = [0, 1 / 4, 2 / 4, 3 / 4]
-    torch.testing.assert_close(hold_weights(loop, 1), torch.tensor([*fade, *[1] * 8, *fade[::-1]]))
-    many = spans(30, 20, 14, closed_loop=True)  # a window that has nothing left to make
-    assert not hold_weights(many, len(many) - 1).any()
+    torch.testing.assert_close(continuation_mask(loop, 1), torch.tensor([*fade, *[1] * 8, *fade[::-1]]))
+    many = split_windows(30, 20, 14, closed_loop=True)  # a window that has nothing left to make
+    assert not continuation_mask(many, len(many) - 1).any()
 
 
 def test_recurring_noise_repeats_groups_in_another_order() -> None:
     noise = torch.randn(30, 4, 2, 2)
-    made = recurring_noise(noise, window=10, overlap=4, seed=3)
+    made = freenoise(noise, window=10, overlap=4, seed=3)
     assert torch.equal(made[:10], noise[:10])
     rows = {tuple(frame.flatten().tolist()): index for index, frame in enumerate(noise[:10])}
     order = [rows[tuple(frame.flatten().tolist())] for frame in made]
@@ -87,8 +87,8 @@ def test_recurring_noise_repeats_groups_in_another_order() -> None:
     for start in (10, 16, 22):
         assert sorted(order[start : start + 6]) == sorted(order[start - 10 : start - 4])
     assert order[10:16] != order[:6]
-    assert torch.equal(made, recurring_noise(noise, 10, 4, seed=3))
-    assert not torch.equal(made, recurring_noise(noise, 10, 4, seed=4))
+    assert torch.equal(made, freenoise(noise, 10, 4, seed=3))
+    assert not torch.equal(made, freenoise(noise, 10, 4, seed=4))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_other_texts_are_refused(text: str, message: str) -> None:
 
 
 def test_given_frames_are_held_and_a_run_fades_into_free_ones() -> None:
-    assert free_share([0, 1, 2, 3, 7], 8, 0) == [0, 0, 0, 0, 1, 1, 1, 0]
-    assert free_share([0, 1, 2, 3, 7], 8, 3) == [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 0]
+    assert noise_mask_values([0, 1, 2, 3, 7], 8, 0) == [0, 0, 0, 0, 1, 1, 1, 0]
+    assert noise_mask_values([0, 1, 2, 3, 7], 8, 3) == [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 0]
     # Never the first of a run, and not where the clip ends behind it.
-    assert free_share([0, 1, 5, 6, 7], 8, 9) == [0, 1 / 2, 1, 1, 1, 0, 0, 0]
+    assert noise_mask_values([0, 1, 5, 6, 7], 8, 9) == [0, 1 / 2, 1, 1, 1, 0, 0, 0]

@@ -1,13 +1,13 @@
-"""Makes an untrained extension from a ComfyUI SVD model, and reads the weights it starts from."""
+"""Creates an untrained extension from an SVD model, and reads the weights that it starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ...method import tensor_names
 from ...method.extension import Extension
-from .patch import applied_extension, find_transformers, model_widths
+from ...method.tensor_names import SHARED_TENSORS
+from ..model import applied_extension, find_transformers, model_widths
 
 if TYPE_CHECKING:
     import torch
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def untrained_extension(model: ModelPatcher, frames: int) -> Extension:
-    """An extension of `frames` frames that holds the model's own temporal weights: see `Extension.untrained`.
+    """An extension for `frames` frames with the model's own temporal weights: see `Extension.untrained`.
 
     Raises:
-        ValueError: the model is no SVD, or carries an extension.
+        ValueError: the model is not an SVD model, or has an extension applied.
     """
     shared = list(base_weights(model))
     return Extension.untrained(shared, model_widths(find_transformers(model)), frames)
@@ -27,11 +27,11 @@ def untrained_extension(model: ModelPatcher, frames: int) -> Extension:
 def base_weights(model: ModelPatcher) -> Iterator[dict[str, torch.Tensor]]:
     """The model's 30 temporal weights of each of the 16 blocks, by their names under the SVD transformer.
 
-    The base's weights as its checkpoint gave them are taken: LoRAs and other patches stay the model's, so that
-    they are not counted twice once an extension is applied to it.
+    Weights are read as the checkpoint holds them. LoRAs and other patches are left out, so that they do not count twice
+    once an extension is applied to the model.
 
     Raises:
-        ValueError: the model is no SVD, or carries an extension.
+        ValueError: the model is not an SVD model, or has an extension applied.
     """
     transformers = find_transformers(model)
     applied = applied_extension(model)
@@ -39,8 +39,7 @@ def base_weights(model: ModelPatcher) -> Iterator[dict[str, torch.Tensor]]:
         raise ValueError(
             f"This model has the extension '{applied.name}' applied. Connect the checkpoint's model directly."
         )
-    # Behind patches that are loaded right now, this is the one place that knows the unpatched weights.
+    # If patches are loaded right now, only this method knows the unpatched weights.
     originals = model.get_key_patches("diffusion_model.")
     for path in transformers:
-        names = tensor_names.SHARED_TENSORS.values()
-        yield {name: originals[f"{path}.{name}"][0][0].to("cpu", copy=True) for name in names}
+        yield {name: originals[f"{path}.{name}"][0][0].to("cpu", copy=True) for name in SHARED_TENSORS.values()}

@@ -1,8 +1,8 @@
-"""What merging and saving mean for a model with an extension.
+"""Merging and saving a model with an extension.
 
-An extension is applied to a base. Merges make that base, whether they come before ExVideo Apply or after it; LoRAs add
-to the extension, before or after. The other way round, an extended model cannot be merged into another, nor saved as a
-checkpoint: positions and convolutions have no place in either, and half an extension is none.
+Merges change the base that an extension is applied to, whether they come before ExVideo Apply or after it; LoRAs add to
+the extension, before or after it. An extended model can neither be merged into another model nor be saved as a
+checkpoint: neither has a place for positions and convolutions, and the rest of an extension is useless without them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ import torch
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-#: A weight patch of the host: strength, value, strength of what was there, offset, function.
+#: ComfyUI's weight patch: strength of the patch, value, strength of the weight, offset, function.
 Entry = tuple[Any, ...]
-#: Methods of the host that gather what goes into a checkpoint file.
+#: ComfyUI's methods that collect the tensors of a checkpoint file.
 _SAVING = frozenset({"state_dict_for_saving", "model_state_dict_for_saving"})
 
 
 def refuse_to_save(name: str) -> None:
-    """Called while a state dict is gathered, for whatever purpose.
+    """Refuse to build a state dict for a checkpoint file.
 
-    The host asks the model itself for what it saves, so that only who is asking tells saving from reading names.
+    ComfyUI calls the model's own `state_dict`, so that only the caller tells saving from listing names.
+
+    Args:
+        name: of the applied extension.
 
     Raises:
-        ValueError: a checkpoint is to be saved.
+        ValueError: the state dict is for a checkpoint file.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -42,23 +45,23 @@ def refuse_to_save(name: str) -> None:
 
 
 class PatchOrder:
-    """Keeps the extension's weight patches where they belong: behind merges, in front of LoRAs.
+    """Keeps the extension's weight patches after merges and before LoRAs.
 
-    A callback of the host for clones: what it puts on a patcher is not cloned with it.
+    An ON_CLONE callback: the methods that it sets on a patcher are not cloned.
 
     Args:
-        name: the extension's.
+        name: of the extension.
         shared: the value of the extension's patch, by weight.
     """
 
     def __init__(self, name: str, shared: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
         self._name, self._shared = name, shared
 
-    def __call__(self, parent: ModelPatcher, clone: ModelPatcher) -> None:  # noqa: ARG002 - the host's signature
-        # Weak: a patcher that holds itself would keep its model until Python looks for cycles.
+    def __call__(self, parent: ModelPatcher, clone: ModelPatcher) -> None:  # noqa: ARG002 - ComfyUI's signature
+        # Weak: a patcher that refers to itself would keep its model alive until Python collects cycles.
         patcher = weakref.ref(clone)
 
-        def add_patches(*given: Any, **named: Any) -> list[Any]:  # noqa: ANN401 - the host's
+        def add_patches(*given: Any, **named: Any) -> list[Any]:  # noqa: ANN401 - ComfyUI's
             own = patcher()
             assert own is not None
             added = type(own).add_patches(own, *given, **named)
@@ -69,17 +72,17 @@ class PatchOrder:
         def get_key_patches(filter_prefix: str | None = None) -> dict[str, Any]:
             own = patcher()
             assert own is not None
-            if filter_prefix is None:  # the host's own bookkeeping
+            if filter_prefix is None:  # ComfyUI's own bookkeeping
                 return type(own).get_key_patches(own)
             raise ValueError(
-                f"The model that is merged into another has the ExVideo extension '{self._name}' applied, which a "
-                "merge cannot hold. Merge the models that go into ExVideo Apply, and apply the extension to the result."
+                f"The second model of this merge has the ExVideo extension '{self._name}' applied, and merges cannot "
+                "hold one. Merge the models before ExVideo Apply, and apply the extension to the result."
             )
 
         clone.add_patches, clone.get_key_patches = add_patches, get_key_patches
 
     def put_in_place(self, patcher: ModelPatcher) -> None:
-        """Put the extension's patches, which are the last ones, behind the last merge that is there."""
+        """Move the extension's patches, which are the last ones, to just after the last merge."""
         for key in self._shared:
             entries = patcher.patches[key]
             own = entries.pop()
@@ -87,7 +90,7 @@ class PatchOrder:
             entries.insert(merges[-1] + 1 if merges else 0, own)
 
     def _sort(self, patcher: ModelPatcher, key: str) -> None:
-        """Put a merge that has been added in front of the extension's patch."""
+        """Move a merge that has just been added to before the extension's patch."""
         value, entries = self._shared.get(key), patcher.patches[key]
         if value is not None and _is_merge(entries[-1]):
             place = next(at for at, entry in enumerate(entries) if entry[1] is value)
@@ -95,5 +98,5 @@ class PatchOrder:
 
 
 def _is_merge(entry: Entry) -> bool:
-    """Whether a patch mixes whole weights: another model's list of patches, or less of what was there."""
+    """Whether a patch is a merge: another model's list of patches, or one that scales down the weight itself."""
     return isinstance(entry[1], list) or entry[2] != 1.0

@@ -1,6 +1,6 @@
-"""What a user's patches of a transformer block have to see: nothing, some frames at a time, or all of them.
+"""How much of a transformer block's batch the user's attention patches have to see: none, a chunk, or all of it.
 
-Patches of the host's API (`set_model_attn1_patch` and its like) get a block's tensors as the host hands them out:
+Patches (`set_model_attn1_patch` and its like) get a block's tensors as ComfyUI passes them:
 [conditions x frames, tokens, channels] in a spatial block, [conditions x pixels, frames, channels] in a temporal one.
 """
 
@@ -13,45 +13,45 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-#: Patches that read or change what the layers of a block hand to each other.
+#: Patches that read or change what the layers of a block pass to each other.
 _EVERY_BLOCK = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
 _ONE_BLOCK = ("attn1", "attn2")
-#: The host's own nodes whose patches look at single tokens, or at the tokens of one picture, of every condition alike.
-#: What they see may be cut along the batch, as long as every part holds all conditions.
-_CAN_BE_CUT = frozenset({"nodes_nag", "nodes_hypertile", "nodes_tomesd", "nodes_hypernetwork", "nodes_pag"})
+#: ComfyUI's own nodes whose patches look at single tokens, or at the tokens of one image, of every condition alike.
+#: They may be given a part of the batch, as long as it holds all conditions.
+_CHUNKABLE_NODES = frozenset({"nodes_nag", "nodes_hypertile", "nodes_tomesd", "nodes_hypernetwork", "nodes_pag"})
 
 
-class Reach(enum.Enum):
+class PatchScope(enum.Enum):
     """How much of a block's batch its patches have to be given at once."""
 
-    NOTHING = enum.auto()
-    PARTS = enum.auto()
-    ALL = enum.auto()
+    NONE = enum.auto()
+    CHUNK = enum.auto()
+    WHOLE = enum.auto()
 
 
-def reach_in(options: Mapping[str, Any]) -> Reach:
-    """The reach of the patches on the block that the host is at.
+def scope_at_block(options: Mapping[str, Any]) -> PatchScope:
+    """The scope of the patches on the block that is being computed.
 
     Args:
-        options: the host's `transformer_options`, in a block.
+        options: ComfyUI's `transformer_options`, inside a block.
     """
     block, number = options.get("block"), options.get("block_index", 0)
     keys = set() if block is None else {tuple(block), (block[0], block[1], number)}
     return _widest(_patches(options, keys))
 
 
-def reach_of(options: Mapping[str, Any]) -> Reach:
-    """The widest reach of patches on every block.
+def widest_scope(options: Mapping[str, Any]) -> PatchScope:
+    """The widest scope of the patches that apply to every block.
 
-    Those on single blocks are left out: they are made for the UNet's middle, whose tensors are small.
+    Patches on single blocks are left out: they target the UNet's middle, whose tensors are small.
     """
     return _widest(_patches(options, set()))
 
 
-def ask_for_conditions(options: Mapping[str, Any]) -> bool:
+def needs_all_conditions(options: Mapping[str, Any]) -> bool:
     """Whether a patch tells the conditions of a batch apart, as Normalized Attention Guidance does.
 
-    Such patches have to be given all conditions in one batch, or do nothing.
+    Such a patch has no effect unless all conditions are in one batch.
     """
     patches = [*_patches(options, set())]
     for replaced in options.get("patches_replace", {}).values():
@@ -67,24 +67,24 @@ def _patches(options: Mapping[str, Any], keys: set[tuple[Any, ...]]) -> Iterator
         yield from (replaced[key] for key in keys if key in replaced)
 
 
-def _widest(patches: Iterator[Callable[..., Any]]) -> Reach:
-    reach = Reach.NOTHING
+def _widest(patches: Iterator[Callable[..., Any]]) -> PatchScope:
+    scope = PatchScope.NONE
     for patch in patches:
-        if not _can_be_cut(patch):
-            return Reach.ALL
-        reach = Reach.PARTS
-    return reach
+        if not _is_chunkable(patch):
+            return PatchScope.WHOLE
+        scope = PatchScope.CHUNK
+    return scope
 
 
-def _can_be_cut(patch: Callable[..., Any]) -> bool:
+def _is_chunkable(patch: Callable[..., Any]) -> bool:
     code = _code(patch)
     if code is None:
         return False
     folder, file = os.path.split(code.co_filename)
-    return os.path.basename(folder) == "comfy_extras" and os.path.splitext(file)[0] in _CAN_BE_CUT
+    return os.path.basename(folder) == "comfy_extras" and os.path.splitext(file)[0] in _CHUNKABLE_NODES
 
 
 def _code(patch: Callable[..., Any]) -> types.CodeType | None:
-    """What runs when a function, method or object is called, if it is written in Python."""
+    """The code that runs when a function, method or object is called, if it is written in Python."""
     function = patch if inspect.isroutine(patch) else type(patch).__call__
     return getattr(function, "__code__", None)

@@ -1,4 +1,4 @@
-"""Feature maps of a clip's frames, of which some can lie in host memory."""
+"""Feature maps of a video's frames, some of them offloaded to host memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .skip_connections import HostBuffers
+from .host_buffers import HostBuffers
 
 
 class FrameMaps:
-    """Feature maps [B*T, C, H, W] of B clips, channels last: the first frames on the device, the others in host memory.
+    """Feature maps [B*T, C, H, W] of B videos, channels last: the first frames on the device, the rest in host memory.
 
-    All that is computed with them is computed on the device, in the same order: where they lie changes no number.
+    All computation runs on the device and in the same order, so that where the frames are kept changes no number.
 
     Args:
-        on_device: the first frames [n, H, W, C], in one piece.
-        in_host: the others [m, H, W, C], of a single clip.
-        frames: of a clip (default: all are one clip's).
+        on_device: the first frames [n, H, W, C], contiguous.
+        in_host: the other frames [m, H, W, C], of a single video.
+        frames: per video (default: all frames are one video's).
     """
 
     def __init__(self, on_device: torch.Tensor, in_host: torch.Tensor | None = None, frames: int | None = None) -> None:
@@ -27,19 +27,19 @@ class FrameMaps:
         count = len(on_device) + (0 if in_host is None else len(in_host))
         self.shape = torch.Size((count, channels, height, width))
         self.device, self.dtype = on_device.device, on_device.dtype
-        self.clip_frames = count if frames is None else frames
-        assert in_host is None or self.clip_frames == count
+        self.video_frames = count if frames is None else frames
+        assert in_host is None or self.video_frames == count
 
     @classmethod
     def of(cls, x: torch.Tensor, frames: int) -> FrameMaps:
-        """Those of a tensor [B*T, C, H, W] in channels-last memory, which they go on to share."""
+        """A view of a tensor [B*T, C, H, W] in channels-last memory, with T = `frames`."""
         return cls(x.permute(0, 2, 3, 1), frames=frames)
 
     @classmethod
     def empty(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, most: float, buffers: HostBuffers
     ) -> FrameMaps:
-        """New ones of one clip, with at most so many bytes on the device.
+        """Uninitialized maps of one video, with at most `most` bytes on the device.
 
         Args:
             shape: [T, C, H, W].
@@ -58,10 +58,10 @@ class FrameMaps:
         return self._device.nbytes
 
     def frames(self, start: int, end: int, read: bool = True) -> torch.Tensor:
-        """Some frames [n, H, W, C] on the device: a view, or a copy that `store_frames` writes back.
+        """Frames [n, H, W, C] on the device: a view, or a copy that `store_frames` writes back.
 
         Args:
-            read: False where all of it is going to be overwritten.
+            read: False if all of it is going to be overwritten.
         """
         first = len(self._device)
         if self._host is None or end <= first:
@@ -74,6 +74,7 @@ class FrameMaps:
         return part
 
     def store_frames(self, start: int, end: int, part: torch.Tensor) -> None:
+        """Write frames [n, H, W, C] back where `frames` returned a copy."""
         first = len(self._device)
         if self._host is None or end <= first:
             return
@@ -82,18 +83,19 @@ class FrameMaps:
         self._host[max(start - first, 0) : end - first].copy_(part[inside:], non_blocking=True)
 
     def rows(self, start: int, end: int) -> torch.Tensor:
-        """Some rows of all frames [B, T, n, W, C] on the device: a view, or a copy that `store_rows` writes back."""
+        """Rows of all frames [B, T, n, W, C] on the device: a view, or a copy that `store_rows` writes back."""
         if self._host is None:
-            return self._device[:, start:end].unflatten(0, (-1, self.clip_frames))
+            return self._device[:, start:end].unflatten(0, (-1, self.video_frames))
         count, channels, _, width = self.shape
         part = torch.empty(count, end - start, width, channels, dtype=self.dtype, device=self.device)
         first = len(self._device)
         part[:first] = self._device[:, start:end]
-        for frame, held in enumerate(self._host, first):  # each is one piece of memory, which a GPU copies by itself
+        for frame, held in enumerate(self._host, first):  # each is contiguous, so that a GPU copies it asynchronously
             part[frame].copy_(held[start:end], non_blocking=True)
         return part[None]
 
     def store_rows(self, start: int, end: int, part: torch.Tensor) -> None:
+        """Write rows [B, T, n, W, C] back where `rows` returned a copy."""
         if self._host is None:
             return
         first = len(self._device)
@@ -101,7 +103,7 @@ class FrameMaps:
         for frame, held in enumerate(self._host, first):
             held[start:end].copy_(part[0, frame], non_blocking=True)
 
-    def chunks(self, spans: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """The frames of each span [n, C, H, W], channels last."""
-        for start, end in spans:
+    def read_chunks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """The frames of each range [n, C, H, W], channels last."""
+        for start, end in ranges:
             yield self.frames(start, end).permute(0, 3, 1, 2)

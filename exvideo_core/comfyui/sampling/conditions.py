@@ -1,6 +1,7 @@
-"""Conditions of a part of a clip: of some of its frames, or of a tile of its pictures.
+"""Conditions of a part of a video: of a window of its frames, or of a tile of its images.
 
-Whatever has a frame or a place follows: conditioning tensors, masks, areas, GLIGEN's boxes, hints of ControlNets.
+Everything that belongs to a frame or a place is sliced along: conditioning tensors, masks, areas, GLIGEN's boxes,
+ControlNets' hints.
 """
 
 from __future__ import annotations
@@ -18,100 +19,73 @@ import torch
 if TYPE_CHECKING:
     from comfy.controlnet import ControlBase
 
-Cond = dict[str, Any]
-#: Tensors of a condition that the host repeats where they have fewer rows than there are frames.
+Condition = dict[str, Any]
+#: Tensors of a condition that ComfyUI repeats if they have fewer rows than there are frames.
 _REPEATED = frozenset({"mask", "cross_attn", "c_crossattn", "time_conditioning", "time_context"})
-#: What a ControlNet has made of its hint.
-_MADE_OF_HINTS = ("cond_hint", "control_input", "extra_concat")
-
-
-class Controls:
-    """ControlNets with the hints of a part, kept for a sampling: they enlarge and encode a hint only once."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, Frames | Tile], tuple[ControlBase, ControlBase]] = {}
-
-    def of(self, control: ControlBase, part: Frames | Tile) -> ControlBase:
-        """A copy that shares everything with `control` but the hint, which is the part's."""
-        key = id(control), part
-        if key not in self._made:
-            self._made[key] = control, self._cut(control, part)  # with its original, so that no other takes its id
-        return self._made[key][1]
-
-    def _cut(self, control: ControlBase, part: Frames | Tile) -> ControlBase:
-        own = copy.copy(control)
-        _take_methods(own, control)
-        for name in _MADE_OF_HINTS:
-            if hasattr(own, name):
-                setattr(own, name, None)
-        part.cut_hint(own)
-        if own.previous_controlnet is not None:
-            own.previous_controlnet = self.of(own.previous_controlnet, part)
-        clones = getattr(own, "multigpu_clones", None)  # 0.3.64 has none
-        if clones:
-            own.multigpu_clones = {device: self.of(clone, part) for device, clone in clones.items()}
-        return own
+#: What a ControlNet caches of its hint.
+_CACHED_HINTS = ("cond_hint", "control_input", "extra_concat")
 
 
 @dataclass(frozen=True)
-class Frames:
-    """Some frames of a clip.
+class Window:
+    """Some frames of a video.
 
     Attributes:
-        chosen: their numbers.
-        total: frames of the clip.
+        frames: their indices.
+        total: frames of the video.
     """
 
-    chosen: tuple[int, ...]
+    frames: tuple[int, ...]
     total: int
 
-    def rows(self, value: Any, name: str = "") -> Any:  # noqa: ANN401
-        """A tensor's rows of these frames, where it has one for each frame, or repeats some."""
+    def select(self, value: Any, name: str = "") -> Any:  # noqa: ANN401
+        """The rows of a tensor [T, ...] for these frames, if it has one row per frame or repeats its rows."""
         if not torch.is_tensor(value) or value.ndim == 0 or len(value) == 1:
             return value
         if len(value) == self.total:
-            return value[list(self.chosen)]
+            return value[list(self.frames)]
         if name in _REPEATED:
-            return value[[frame % len(value) for frame in self.chosen]]
+            return value[[frame % len(value) for frame in self.frames]]
         if name == "concat_latent_image":
-            return comfy.utils.resize_to_batch_size(value, self.total)[list(self.chosen)]
+            return comfy.utils.resize_to_batch_size(value, self.total)[list(self.frames)]
         return value
 
-    def cut(self, cond: Cond, controls: Controls) -> Cond:
-        """A condition, before or after the host has encoded it."""
-        found = {name: self.rows(value, name) for name, value in cond.items()}
+    def slice_condition(self, condition: Condition, controls: SlicedControls) -> Condition:
+        """A condition of these frames, before or after ComfyUI has encoded it."""
+        found = {name: self.select(value, name) for name, value in condition.items()}
         found["model_conds"] = {
-            name: comfy.conds.CONDConstant(len(self.chosen))
+            name: comfy.conds.CONDConstant(len(self.frames))
             if name == "num_video_frames"
-            else _with_tensor(value, lambda tensor, name=name: self.rows(tensor, name))
-            for name, value in cond.get("model_conds", {}).items()
+            else _map_tensor(value, lambda tensor, name=name: self.select(tensor, name))
+            for name, value in condition.get("model_conds", {}).items()
         }
-        if cond.get("control") is not None:
-            found["control"] = controls.of(cond["control"], self)
+        if condition.get("control") is not None:
+            found["control"] = controls.get(condition["control"], self)
         return found
 
-    def cut_hint(self, control: ControlBase) -> None:
-        if hasattr(control, "get_control_inject"):  # ComfyUI-Advanced-ControlNet cuts what it has for frames by itself
-            control.get_control = types.MethodType(_get_control_of(self), control)
+    def slice_hint(self, control: ControlBase) -> None:
+        """Slice the hint of a copy of a ControlNet, in place."""
+        if hasattr(control, "get_control_inject"):  # ComfyUI-Advanced-ControlNet slices its hints itself
+            control.get_control = types.MethodType(_get_control_for(self), control)
             return
 
-        def own(hint: Any) -> Any:  # noqa: ANN401
-            # As the host spreads hints: one for all, or from the first on again where there are too few.
+        def select(hint: Any) -> Any:  # noqa: ANN401
+            # As ComfyUI distributes hints: one for all frames, or again from the first if there are too few.
             if not torch.is_tensor(hint) or len(hint) == 1:
                 return hint
-            return hint[[frame % len(hint) for frame in self.chosen]]
+            return hint[[frame % len(hint) for frame in self.frames]]
 
-        control.cond_hint_original = own(control.cond_hint_original)
-        control.extra_concat_orig = [own(hint) for hint in control.extra_concat_orig]
+        control.cond_hint_original = select(control.cond_hint_original)
+        control.extra_concat_orig = [select(hint) for hint in control.extra_concat_orig]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of the pictures, in latent pixels.
+    """A tile of the images, in latent pixels.
 
     Attributes:
         top, left, height, width: of the tile.
-        whole: height and width of the picture.
+        whole: height and width of the image.
     """
 
     top: int
@@ -120,54 +94,57 @@ class Tile:
     width: int
     whole: tuple[int, int]
 
-    def of(self, tensor: torch.Tensor, scale: int = 1) -> torch.Tensor:
-        """The tile of a tensor [..., H, W] of `scale` times the picture's size."""
+    def crop(self, tensor: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        """The tile's view of a tensor [..., H, W], of `scale` times the image's size."""
         top, left = self.top * scale, self.left * scale
         return tensor[..., top : top + self.height * scale, left : left + self.width * scale]
 
-    def cut(self, cond: Cond, controls: Controls) -> Cond | None:
-        """A condition, after the host has encoded it; None where it does not reach into the tile."""
+    def slice_condition(self, condition: Condition, controls: SlicedControls) -> Condition | None:
+        """A condition of the tile, after ComfyUI has encoded it; None if its area lies outside of the tile."""
 
-        def own(value: Any) -> Any:  # noqa: ANN401
+        def crop(value: Any) -> Any:  # noqa: ANN401
             fits = torch.is_tensor(value) and value.ndim > 2 and tuple(value.shape[-2:]) == self.whole
-            return self.of(value) if fits else value
+            return self.crop(value) if fits else value
 
-        found = {name: own(value) for name, value in cond.items()}
-        found["model_conds"] = {name: _with_tensor(value, own) for name, value in cond.get("model_conds", {}).items()}
-        if cond.get("area") is not None:
-            area = self._shared(*_area_of_pictures(cond["area"]))
+        found = {name: crop(value) for name, value in condition.items()}
+        found["model_conds"] = {
+            name: _map_tensor(value, crop) for name, value in condition.get("model_conds", {}).items()
+        }
+        if condition.get("area") is not None:
+            area = self._intersect(*_image_area(condition["area"]))
             if area is None:
                 return None
             found["area"] = area
-        if cond.get("gligen") is not None:
-            kind, model, boxes = cond["gligen"]
-            placed = [(box[0], self._shared(*box[1:])) for box in boxes]
+        if condition.get("gligen") is not None:
+            kind, model, boxes = condition["gligen"]
+            placed = [(box[0], self._intersect(*box[1:])) for box in boxes]
             found["gligen"] = kind, model, [(given, *place) for given, place in placed if place is not None]
-        if cond.get("control") is not None:
-            found["control"] = controls.of(cond["control"], self)
+        if condition.get("control") is not None:
+            found["control"] = controls.get(condition["control"], self)
         return found
 
-    def cut_hint(self, control: ControlBase) -> None:
+    def slice_hint(self, control: ControlBase) -> None:
+        """Crop the hint of a copy of a ControlNet, in place."""
         scale = control.compression_ratio
         vae = getattr(control, "vae", None)
         if vae is not None:
             scale *= vae.spacial_compression_encode()
         method = control.upscale_algorithm
 
-        def own(hint: Any) -> Any:  # noqa: ANN401
+        def crop(hint: Any) -> Any:  # noqa: ANN401
             if not torch.is_tensor(hint) or hint.ndim < 4:
                 return hint
             height, width = (size * scale for size in self.whole)
-            return self.of(comfy.utils.common_upscale(hint, width, height, method, "center"), scale)
+            return self.crop(comfy.utils.common_upscale(hint, width, height, method, "center"), scale)
 
-        control.cond_hint_original = own(control.cond_hint_original)
-        control.extra_concat_orig = [own(hint) for hint in control.extra_concat_orig]
+        control.cond_hint_original = crop(control.cond_hint_original)
+        control.extra_concat_orig = [crop(hint) for hint in control.extra_concat_orig]
         mask = getattr(control, "mask_cond_hint_original", None)  # of ComfyUI-Advanced-ControlNet
         if mask is not None:
-            control.mask_cond_hint_original = own(mask[:, None])[:, 0]
+            control.mask_cond_hint_original = crop(mask[:, None])[:, 0]
 
-    def _shared(self, height: int, width: int, top: int, left: int) -> tuple[int, int, int, int] | None:
-        """The part of a box that lies in the tile, in the tile's own coordinates, as the host orders them."""
+    def _intersect(self, height: int, width: int, top: int, left: int) -> tuple[int, int, int, int] | None:
+        """The part of a box inside the tile, in the tile's coordinates and ComfyUI's order; None if there is none."""
         first_row, first_column = max(top, self.top), max(left, self.left)
         rows = min(top + height, self.top + self.height) - first_row
         columns = min(left + width, self.left + self.width) - first_column
@@ -176,38 +153,69 @@ class Tile:
         return rows, columns, first_row - self.top, first_column - self.left
 
 
-class Caches:
-    """EasyCache's state of each part of a clip.
-
-    It holds what the model has made of a condition at the last step, and would take one part's for another's.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, Frames | Tile], tuple[Any, Any]] = {}
-
-    def of(self, options: dict[str, Any], part: Frames | Tile, model_sampling: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Model options with the state of a part."""
-        given = options.get("transformer_options", {})
-        cache = given.get("easycache")
-        if cache is None or not hasattr(cache, "uuid_cache_diffs"):  # LazyCache sees the whole clip
-            return options
-        key = id(cache), part
-        if key not in self._made:
-            self._made[key] = cache, cache.clone().prepare_timesteps(model_sampling)
-        return {**options, "transformer_options": {**given, "easycache": self._made[key][1]}}
+Part = Window | Tile
 
 
-class Parts:
-    """What belongs to the parts of a clip, for as long as a sampling runs."""
+class SamplingState:
+    """What the parts of a video keep while a sampling runs: sliced ControlNets, and EasyCache's state."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self.controls, self.caches = Controls(), Caches()
+        self.controls, self.easy_caches = SlicedControls(), EasyCaches()
 
 
-def _take_methods(own: ControlBase, control: ControlBase) -> None:
+class SlicedControls:
+    """ControlNets with a part's hint. They are kept for a sampling, because they upscale and encode a hint once."""
+
+    def __init__(self) -> None:
+        self._sliced: dict[tuple[int, Part], tuple[ControlBase, ControlBase]] = {}
+
+    def get(self, control: ControlBase, part: Part) -> ControlBase:
+        """A copy that shares everything with `control` except the hint, which is the part's."""
+        key = id(control), part
+        if key not in self._sliced:
+            self._sliced[key] = control, self._slice(control, part)  # keeps the original, so that its id stays taken
+        return self._sliced[key][1]
+
+    def _slice(self, control: ControlBase, part: Part) -> ControlBase:
+        own = copy.copy(control)
+        _rebind_methods(own, control)
+        for name in _CACHED_HINTS:
+            if hasattr(own, name):
+                setattr(own, name, None)
+        part.slice_hint(own)
+        if own.previous_controlnet is not None:
+            own.previous_controlnet = self.get(own.previous_controlnet, part)
+        clones = getattr(own, "multigpu_clones", None)  # 0.3.64 has none
+        if clones:
+            own.multigpu_clones = {device: self.get(clone, part) for device, clone in clones.items()}
+        return own
+
+
+class EasyCaches:
+    """EasyCache's state for each part of a video.
+
+    It holds the model's output for a condition at the last step, and would mistake one part's for another's.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[int, Part], tuple[Any, Any]] = {}
+
+    def options(self, options: dict[str, Any], part: Part, model_sampling: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Model options with the state of a part."""
+        given = options.get("transformer_options", {})
+        cache = given.get("easycache")
+        if cache is None or not hasattr(cache, "uuid_cache_diffs"):  # LazyCache sees the whole video
+            return options
+        key = id(cache), part
+        if key not in self._states:
+            self._states[key] = cache, cache.clone().prepare_timesteps(model_sampling)
+        return {**options, "transformer_options": {**given, "easycache": self._states[key][1]}}
+
+
+def _rebind_methods(own: ControlBase, control: ControlBase) -> None:
     """Bind to a copy what its original has bound to itself, as ComfyUI-Advanced-ControlNet does with its methods."""
     for name, value in list(vars(own).items()):
         if getattr(value, "__self__", None) is not control:
@@ -216,40 +224,42 @@ def _take_methods(own: ControlBase, control: ControlBase) -> None:
         setattr(own, name, bound)
 
 
-def _get_control_of(frames: Frames) -> Callable[..., Any]:
+def _get_control_for(window: Window) -> Callable[..., Any]:
     """The method `get_control` of ComfyUI-Advanced-ControlNet's controls, for a window.
 
-    They are told their frames at every call, by the channel that ComfyUI-AnimateDiff-Evolved uses: the host's `pre_run`
-    makes them forget. Where that pack cuts a window further, the frames are those of its part.
+    It passes the window's frames at every call, the way ComfyUI-AnimateDiff-Evolved does, because ComfyUI's `pre_run`
+    makes controls forget them. If that pack splits a window further, the frames are those of its part.
     """
 
     def get_control(
         own: Any,  # noqa: ANN401 - theirs
         x_noisy: torch.Tensor,
         t: torch.Tensor,
-        cond: Cond,
+        cond: Condition,
         batched_number: int,
         transformer_options: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         given = transformer_options.get("ad_params") or {}
-        if given.get("exvideo") != frames:  # chained controls pass on what the last one was told
+        if given.get("exvideo") != window:  # chained controls pass on what the last one was given
             part = given.get("sub_idxs")
-            chosen = list(frames.chosen) if part is None else [frames.chosen[index] for index in part]
-            place = {"sub_idxs": chosen, "context_length": len(chosen), "full_length": frames.total, "exvideo": frames}
-            transformer_options = {**transformer_options, "ad_params": place}
+            frames = list(window.frames) if part is None else [window.frames[index] for index in part]
+            params = {
+                "sub_idxs": frames, "context_length": len(frames), "full_length": window.total, "exvideo": window,
+            }  # fmt: skip
+            transformer_options = {**transformer_options, "ad_params": params}
         return type(own).get_control_inject(own, x_noisy, t, cond, batched_number, transformer_options)
 
     return get_control
 
 
-def _area_of_pictures(area: Sequence[int]) -> tuple[int, int, int, int]:
-    """(height, width, top, left) of the host's area, which may have more dimensions in front."""
+def _image_area(area: Sequence[int]) -> tuple[int, int, int, int]:
+    """(height, width, top, left) of ComfyUI's area, which may have more dimensions in front."""
     half = len(area) // 2
     height, width = area[half - 2 : half]
     top, left = area[-2:]
     return height, width, top, left
 
 
-def _with_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:  # noqa: ANN401 - of comfy.conds
+def _map_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:  # noqa: ANN401 - of comfy.conds
     tensor = getattr(value, "cond", None)
     return value._copy_with(change(tensor)) if torch.is_tensor(tensor) else value
