@@ -45,7 +45,7 @@ def check_svd(model: ModelPatcher) -> None:
     """
     if not isinstance(model.model, comfy.model_base.SVD_img2vid):
         raise ValueError(
-            f"The model is a {type(model.model).__name__}, and this is for Stable Video Diffusion (SVD). "
+            f"The model is a {type(model.model).__name__}, but this node is for Stable Video Diffusion (SVD). "
             "Load an SVD checkpoint, such as svd_xt."
         )
 
@@ -57,7 +57,7 @@ def find_transformers(model: ModelPatcher) -> dict[str, SpatialVideoTransformer]
         ValueError: the model is not an SVD model, or has another layout.
     """
     check_svd(model)
-    other = "It is an SVD of another layout. Load an SVD checkpoint, such as svd_xt."
+    other = "It has a different layout from SVD. Load an SVD checkpoint, such as svd_xt."
     transformers: dict[str, SpatialVideoTransformer] = {}
     for name in SVD_TRANSFORMERS:
         path = UNET + name
@@ -67,7 +67,7 @@ def find_transformers(model: ModelPatcher) -> dict[str, SpatialVideoTransformer]
         except AttributeError as error:
             raise ValueError(f"The model has no transformer {name}. {other}") from error
         if not isinstance(transformer, SpatialVideoTransformer) or len(transformer.time_stack) != 1:
-            raise ValueError(f"The model's {name} is another {type(transformer).__name__}. {other}")
+            raise ValueError(f"The model's {name} is a different {type(transformer).__name__}. {other}")
         transformers[path] = transformer
     return transformers
 

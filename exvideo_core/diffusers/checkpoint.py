@@ -50,7 +50,7 @@ def _load_folder(path: Path) -> SVD:
             CLIPVisionModelWithProjection.from_pretrained(path, subfolder="image_encoder", local_files_only=True),
         )
     except (OSError, ValueError) as error:
-        raise ModelFileError(path, f"is no diffusers folder of SVD: {error}.", _SOURCE) from error
+        raise ModelFileError(path, f"is not a diffusers folder of SVD: {error}.", _SOURCE) from error
 
 
 def _load_file(path: str | os.PathLike[str]) -> SVD:
@@ -68,15 +68,15 @@ def _load_file(path: str | os.PathLike[str]) -> SVD:
         vae = _vae(parts[names.VAE_PREFIX])
         encoder = _image_encoder(parts[names.CLIP_PREFIX], sizes["exvideo.clip_num_attention_heads"])
     except (KeyError, ValueError, RuntimeError) as error:
-        raise ModelFileError(path, f"is no complete SVD checkpoint ({error}).", _SOURCE) from error
+        raise ModelFileError(path, f"is not a complete SVD checkpoint ({error}).", _SOURCE) from error
     return SVD(unet, vae, encoder)
 
 
 def _unet(tensors: Mapping[str, torch.Tensor], head_channels: int) -> UNetSpatioTemporalConditionModel:
     widths = tuple(tensors[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in (1, 4, 7, 10))
     if any(width % head_channels for width in widths):
-        raise ValueError(f"its widths {widths} are no multiples of {head_channels}-wide attention heads; "
-                         "metadata 'exvideo.num_head_channels' has to say how wide they are")  # fmt: skip
+        raise ValueError(f"widths {widths} are not multiples of {head_channels} channels per attention head; "
+                         "set 'exvideo.num_head_channels' in the file's metadata")  # fmt: skip
     unet = UNetSpatioTemporalConditionModel(
         in_channels=tensors["input_blocks.0.0.weight"].shape[1],
         out_channels=tensors["out.2.weight"].shape[0],
@@ -122,9 +122,9 @@ def _image_encoder(tensors: Mapping[str, torch.Tensor], heads: int) -> CLIPVisio
             hidden_act="gelu",
         )
     )
-    lacking, surplus = encoder.load_state_dict(renamed, strict=False)
-    if surplus or any("position_ids" not in name for name in lacking):
-        raise ValueError(f"image encoder: missing {lacking}, unknown {surplus}")
+    missing, unexpected = encoder.load_state_dict(renamed, strict=False)
+    if unexpected or any("position_ids" not in name for name in missing):
+        raise ValueError(f"image encoder: missing {missing}, unexpected {unexpected}")
     return encoder.eval()
 
 
@@ -150,7 +150,9 @@ def save(model: SVD, path: str | os.PathLike[str], dtype: torch.dtype = torch.fl
     per_level = heads if isinstance(heads, (tuple, list)) else (heads,) * len(widths)
     channels = {width // number for width, number in zip(widths, per_level, strict=True)}
     if len(channels) > 1:
-        raise ValueError(f"The UNet's heads are {sorted(channels)} channels wide: an SVD file knows one width only.")
+        raise ValueError(
+            f"The UNet has heads of {sorted(channels)} channels, but an SVD file can store only one width."
+        )
     metadata = {
         "exvideo.num_head_channels": str(channels.pop()),
         "exvideo.clip_num_attention_heads": str(model.image_encoder.config.num_attention_heads),

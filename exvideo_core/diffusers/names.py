@@ -136,8 +136,7 @@ def _rename(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, str], wha
         else:
             renamed[f"{modules[module]}.{tail}"] = tensor
     if unknown:
-        some = f"{len(unknown)} unknown tensors ({unknown[0]}, ...)"
-        raise ValueError(f"Not the {what} of an SVD model: it holds {some}.")
+        raise ValueError(f"Not the {what} of an SVD model: it has {len(unknown)} unknown tensors ({unknown[0]}, ...).")
     return renamed
 
 
@@ -184,7 +183,7 @@ def vae_to_svd(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     weight, bias = tensors["quant_conv.weight"], tensors["quant_conv.bias"]
     if not torch.equal(weight[:, :, 0, 0], torch.eye(len(bias)).to(weight)) or bias.any():
-        raise ValueError("This VAE's quant_conv is no identity: an SVD checkpoint has no place for it.")
+        raise ValueError("This VAE's quant_conv is not an identity, so an SVD checkpoint cannot store it.")
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("quant_conv.")}
     levels = _count(kept, r"encoder\.down_blocks\.(\d+)\.")
     layers = _count(kept, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
@@ -214,7 +213,7 @@ def _idle_second_half(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 def _without_second_half(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(value.any() for name, value in tensors.items() if name.startswith(_LAST)):
         raise ValueError(
-            "diffusers' VAE of one layer a level has no attention and second block in its decoder's middle"
+            "With one layer per level, diffusers' VAE has no attention or second block in the middle of its decoder."
         )
     return {name: value for name, value in tensors.items() if not name.startswith(_SECOND_BLOCK)}
 

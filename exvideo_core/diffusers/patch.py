@@ -96,7 +96,7 @@ def transformers_of(unet: UNetSpatioTemporalConditionModel) -> list[TransformerS
     try:
         return [unet.get_submodule(name) for name in TRANSFORMERS]
     except AttributeError as error:
-        raise ValueError(f"This UNet is not built as SVD's is ({error}): an extension has no place in it.") from error
+        raise ValueError(f"This UNet does not have SVD's layout ({error}), so no extension fits it.") from error
 
 
 def base_weights(unet: UNetSpatioTemporalConditionModel) -> list[dict[str, torch.Tensor]]:
@@ -131,7 +131,7 @@ def apply(
     """
     targets = transformers_of(unet)
     if is_extended(unet):
-        raise ValueError("This UNet carries an extension already: load the base model again.")
+        raise ValueError("This UNet already has an extension. Load the base model again.")
     extension.check_fits(*sizes(unet))
     for name, target, weights in zip(TRANSFORMERS, targets, extension.blocks, strict=True):
         extended = ExtendedTransformer(target, weights, mode)

@@ -9,23 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ANOTHER_FOLDER = "or choose another output folder (ComfyUI's --output-directory)"
-_FULL = ("the disk is full", f"Free some space, {_ANOTHER_FOLDER}, and queue the workflow again.")
+_FULL = ("the disk is full", f"Free up some space, {_ANOTHER_FOLDER}, and queue the workflow again.")
 _FORBIDDEN = (
-    "its folder may not be written to",
-    f"Let the user that runs ComfyUI write there, {_ANOTHER_FOLDER}.",
+    "permission to write to its folder is denied",
+    f"Give the user that runs ComfyUI write access, {_ANOTHER_FOLDER}.",
 )
-_IN_THE_WAY = ("a folder has its name, or a file the name of its folder", "Choose another filename_prefix.")
+_IN_THE_WAY = ("a folder has this name, or a file has its folder's name", "Choose another filename_prefix.")
 _HELD = (
-    "a file of its name is open in another program, or write-protected",
-    "Close that program or choose another filename_prefix, and queue the workflow again.",
+    "a file with this name is open in another program or write-protected",
+    "Close that program or choose another filename_prefix, then queue the workflow again.",
 )
 #: What is wrong and what to do, by the numbers of errors.
 _REASONS = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
     errno.EFBIG: (
-        "the disk takes no file of this size",
-        f"Make the file smaller, {_ANOTHER_FOLDER} on a disk of another file system.",
+        "the file is too large for this disk's file system",
+        f"Make the file smaller, {_ANOTHER_FOLDER} on another disk.",
     ),
     errno.EROFS: _FORBIDDEN,
     errno.EACCES: _FORBIDDEN,
@@ -33,10 +33,10 @@ _REASONS = {
     errno.EISDIR: _IN_THE_WAY,
     errno.ENOTDIR: _IN_THE_WAY,
     errno.EEXIST: _IN_THE_WAY,
-    errno.EINVAL: ("the system does not allow its name", "Choose another filename_prefix."),
+    errno.EINVAL: ("the operating system does not allow this name", "Choose another filename_prefix."),
     errno.ENAMETOOLONG: ("its name is too long", "Choose a shorter filename_prefix."),
-    errno.EIO: ("the disk reports an error", f"Check the disk and its connection, {_ANOTHER_FOLDER}."),
-    errno.ENOENT: ("its folder is gone", "Check that the output folder is there, and queue the workflow again."),
+    errno.EIO: ("the disk reported an error", f"Check the disk and its connection, {_ANOTHER_FOLDER}."),
+    errno.ENOENT: ("its folder no longer exists", "Check the output folder and queue the workflow again."),
 }
 
 

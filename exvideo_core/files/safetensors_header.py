@@ -33,7 +33,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises:
         ModelFileError: the file is missing, of another kind, damaged or cut off.
     """
-    again = "Download it again and compare its size with the source's."
+    again = "Download it again and compare its size to the original's."
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
@@ -43,12 +43,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             if start[8:9] != b"{" or not 2 <= length <= _MAX_HEADER_BYTES:
                 raise _not_safetensors(path, start)
             if 8 + length > size:
-                raise ModelFileError(path, "is cut off inside its header.", again)
+                raise ModelFileError(path, "is truncated inside its header.", again)
             file.seek(8)
             raw = file.read(length)
     except OSError as error:
         raise ModelFileError(
-            path, f"cannot be read: {error.strerror}.", "Check that it is there and readable."
+            path, f"cannot be read: {error.strerror}.", "Check that the file exists and is readable."
         ) from error
     try:
         entries: dict[str, Any] = json.loads(raw, object_pairs_hook=_without_duplicates)
@@ -57,11 +57,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except _DuplicateKey as error:
-        raise ModelFileError(path, f"holds the tensor {error} twice.", "Save it again with unique names.") from None
+        raise ModelFileError(path, f"contains the tensor {error} twice.", "Save it again with unique names.") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise ModelFileError(path, "has a damaged safetensors header.", again) from error
+        raise ModelFileError(path, "has a corrupted safetensors header.", again) from error
     if 8 + length + end > size:
-        raise ModelFileError(path, f"is cut off: {size:,} bytes of {8 + length + end:,}.", again)
+        raise ModelFileError(path, f"is truncated: it has {size:,} of {8 + length + end:,} bytes.", again)
     _check_as_the_library_does(path, again)
     return Header(shapes, dtypes, metadata)
 
@@ -74,7 +74,7 @@ def _check_as_the_library_does(path: str | os.PathLike[str], again: str) -> None
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelFileError(path, f"is damaged: {error}.", again) from error
+        raise ModelFileError(path, f"is corrupted: {error}.", again) from error
 
 
 class _DuplicateKey(Exception):
@@ -94,8 +94,8 @@ def _known_kind(start: bytes) -> str | None:
     kinds = {
         b"PK\x03\x04": "a PyTorch pickle (.ckpt, .pt, .bin)",
         b"\x80": "a pickle",
-        b"version https://git-lfs": "a Git LFS pointer: the download did not bring the file itself",
-        b"<": "a web page: the download did not bring the file itself",
+        b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+        b"<": "a web page, not the file itself",
         b"GGUF": "a GGUF file",
     }
     return next((kind for magic, kind in kinds.items() if start.startswith(magic)), None)
@@ -110,4 +110,4 @@ def _not_safetensors(path: str | os.PathLike[str], start: bytes) -> ModelFileErr
     if kind is not None:
         return ModelFileError(path, f"is {kind}.", "Download the .safetensors file again.")
     problem = "is empty." if Path(path).stat().st_size == 0 else "is not a safetensors file."
-    return ModelFileError(path, problem, "Download it again, as a .safetensors file.")
+    return ModelFileError(path, problem, "Download the model again as a .safetensors file.")

@@ -111,14 +111,14 @@ class Extension:
             raise ModelFileError(path, f"cannot be read: {error}.", "Download it again.") from error
         after = os.stat(path)
         if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-            raise ModelFileError(path, "was changed while it was read.", "Run the workflow again.")
+            raise ModelFileError(path, "changed while it was being read.", "Run the workflow again.")
         for name, tensor in tensors.items():
             # min and max in one pass each find NaN and Inf without a mask the size of the tensor.
             if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
                 raise ModelFileError(
                     path,
-                    f"holds NaN or infinite values in {name}.",
-                    "Its training diverged or it is damaged: use another file.",
+                    f"contains NaN or infinite values in {name}.",
+                    "Its training diverged, or the file is corrupted. Use another file.",
                 )
         return cls.from_tensors(os.path.basename(path), tensors)
 
@@ -184,7 +184,8 @@ class Extension:
         for name, tensor in tensors.items():
             if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
                 raise ValueError(
-                    f"{name} holds NaN, infinite values, or values too large for {dtype}: not saved. Use a wider type."
+                    f"Not saved: {name} contains NaN, infinite values, or values too large for {dtype}. Choose a wider "
+                    "dtype."
                 )
         path = Path(path)
         part = begin(path)
@@ -211,9 +212,9 @@ class Extension:
         if self.widths != tuple(widths) or self.context_dim != context_dim:
             ours, theirs = width_runs(self.widths), width_runs(widths)
             raise ValueError(
-                f"The extension '{self.name}' does not fit this model: its blocks are {ours} wide and read an image "
-                f"embedding of {self.context_dim}, the model's are {theirs} wide and read {context_dim}. Load the SVD "
-                "checkpoint that the extension was trained on."
+                f"The extension '{self.name}' does not fit this model: it has block widths {ours} and an image "
+                f"embedding of {self.context_dim}, the model has {theirs} and {context_dim}. Load the SVD checkpoint "
+                "that the extension was trained on."
             )
 
 
@@ -234,7 +235,7 @@ def _canonical_names(path: str | os.PathLike[str], header: Header) -> dict[str, 
         name = next((stored[len(p) :] for p in _PREFIXES if stored.startswith(p)), stored)
         if name in names:
             raise ModelFileError(
-                path, f"holds {name} twice, as {names[name]} and {stored}.", "Keep one of the two and save it again."
+                path, f"contains {name} twice, as {names[name]} and {stored}.", "Keep one of them and save it again."
             )
         names[name] = stored
     return names
@@ -257,23 +258,27 @@ def _check_layout(path: str | os.PathLike[str], names: Mapping[str, str], header
     missing = sorted(expected.keys() - shapes.keys())
     if missing:
         raise ModelFileError(
-            path, f"lacks {_some(missing)} of an ExVideo extension.", "It is incomplete: download or export it again."
+            path,
+            f"is missing {_list_tensors(missing)} of an ExVideo extension.",
+            "It is incomplete. Download or export it again.",
         )
     extra = sorted(shapes.keys() - expected.keys())
     if extra:
         raise ModelFileError(
-            path, f"holds {_some(extra)} that no ExVideo extension has.", "Export the extension's own tensors only."
+            path,
+            f"contains {_list_tensors(extra)} that no ExVideo extension has.",
+            "Export only the extension's own tensors.",
         )
     for name, shape in expected.items():
         if shapes[name] != shape or 0 in shape:
             raise ModelFileError(
                 path,
-                f"has {name} of shape {list(shapes[name])}, expected {list(shape)}.",
-                "It is damaged or of another model: use another file.",
+                f"has {name} with shape {list(shapes[name])}, expected {list(shape)}.",
+                "It is corrupted or belongs to another model. Use another file.",
             )
         if header.dtypes[names[name]] not in _DTYPES:
             raise ModelFileError(
-                path, f"holds {name} as {header.dtypes[names[name]]}.", "Use a file in fp16, bf16 or fp32."
+                path, f"stores {name} as {header.dtypes[names[name]]}.", "Use a file in fp16, bf16 or fp32."
             )
 
 
@@ -290,8 +295,8 @@ def _guess_kind(shapes: Mapping[str, object]) -> str:
     return next((kind for part, kind in kinds if any(part in name for name in shapes)), "a model of another kind")
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"{names[0]}" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+def _list_tensors(names: Sequence[str]) -> str:
+    return f"the tensor {names[0]}" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
 
 
 def width_runs(widths: Sequence[int]) -> str:

@@ -76,9 +76,9 @@ def table_for(table: torch.Tensor, frames: int, mode: PositionMode) -> torch.Ten
         return table[ping_pong(frames, trained).to(table.device)]
     if frames > trained:
         raise ValueError(
-            f"The clip has {frames} frames, but this ExVideo extension was trained for {trained}. Lower the frame "
-            f"count to {trained}, put ExVideo Windows behind ExVideo Apply, or set the latter's positions to 'stretch' "
-            "or 'repeat'."
+            f"The video has {frames} frames, but this ExVideo extension was trained for {trained}. Lower the frame "
+            f"count to {trained}, add ExVideo Windows after ExVideo Apply, or set positions of ExVideo Apply to "
+            "'stretch' or 'repeat'."
         )
     return table[:frames]
 

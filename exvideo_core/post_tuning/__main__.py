@@ -21,7 +21,7 @@ def main() -> int:
         config = parse()
         missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
         if missing:
-            raise ConfigError(f"Post-tuning needs more packages: pip install {' '.join(missing)}")
+            raise ConfigError(f"Post-tuning needs additional packages: pip install {' '.join(missing)}")
         from .train import train
 
         finished = train(config)
@@ -29,7 +29,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if finished is None:
-        print("Stopped. Start the same command again to go on.")
+        print("Stopped. Run the same command again to resume.")
         return 130
     print(f"Finished: {finished}")
     return 0

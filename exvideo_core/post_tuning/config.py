@@ -67,16 +67,19 @@ class Config:
         """Raise `ConfigError` for what cannot be meant."""
         for name in ("base", "data", "out"):
             if not getattr(self, name):
-                raise ConfigError(f"{name} is not set: give it in the config file or as --{name}.")
+                raise ConfigError(f"{name} is not set. Set it in the config file or with --{name}.")
         if self.width % 64 or self.height % 64 or min(self.width, self.height) < 64:
-            raise ConfigError(f"A clip of {self.width}x{self.height} does not fit SVD: multiples of 64 from 64 up.")
+            raise ConfigError(f"The size is {self.width}x{self.height}, but SVD needs multiples of 64.")
         for name in ("frames", "interval", "steps", "accumulation", "save_every", "ema_every", "log_every", "keep"):
-            if getattr(self, name) < (2 if name == "frames" else 1):
-                raise ConfigError(f"{name} is {getattr(self, name)}: too small.")
+            minimum = 2 if name == "frames" else 1
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but has to be at least {minimum}.")
         if not (self.train_positions or self.train_convolution or self.train_attention):
-            raise ConfigError("Nothing is trained: switch on positions, convolution or attention.")
+            raise ConfigError(
+                "There is nothing to train. Enable train_positions, train_convolution or train_attention."
+            )
         if not 0 <= self.ema < 1:
-            raise ConfigError(f"ema is {self.ema}: choose 0 (none) or a value below 1.")
+            raise ConfigError(f"ema is {self.ema}, but has to be at least 0 (off) and below 1.")
 
     @property
     def cache_path(self) -> Path | None:
@@ -103,10 +106,11 @@ def load(path: Path) -> dict[str, Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    known = {f.name for f in dataclasses.fields(Config)}
-    unknown = sorted(set(found) - known) if isinstance(found, dict) else ["(it is no list of settings)"]
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} does not contain settings. Write one 'name: value' per line.")
+    unknown = sorted(set(found) - {f.name for f in dataclasses.fields(Config)})
     if unknown:
-        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}. --help lists the known ones.")
+        raise ConfigError(f"{path} has unknown settings {', '.join(unknown)}. Run with --help to list all settings.")
     return found
 
 
@@ -146,7 +150,7 @@ def _as(kind: Any, name: str, value: Any) -> Any:  # noqa: ANN401 - any setting
         if value is False:
             value = "no"  # YAML's reading of a bare no
         if value not in typing.get_args(kind):
-            raise ConfigError(f"{name} is {value!r}: choose {' or '.join(typing.get_args(kind))}.")
+            raise ConfigError(f"{name} is {value!r}. Choose {' or '.join(typing.get_args(kind))}.")
         return value
     try:
         if kind is bool and not isinstance(value, bool):
@@ -155,4 +159,4 @@ def _as(kind: Any, name: str, value: Any) -> Any:  # noqa: ANN401 - any setting
             raise ValueError
         return kind(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{name} is {value!r}: expected a value of type {kind.__name__}.") from None
+        raise ConfigError(f"{name} is {value!r}, expected a value of type {kind.__name__}.") from None

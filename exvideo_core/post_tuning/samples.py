@@ -127,9 +127,9 @@ class Samples:
                 if any(path == video.path for path, _ in self.dropped):
                     continue  # it keeps its place in the draw, so that later samples stay what they were
                 self.dropped.append((video.path, str(error)))
-                _log.warning("Left out from here on: %s", error)
+                _log.warning("Skipped from now on: %s", error)
                 if len(self.dropped) == len(self.videos):
-                    raise ConfigError("data: none of the videos can be decoded any more.") from error
+                    raise ConfigError("data: none of the videos can be decoded anymore.") from error
         sigma = self.ramp[_draw(generator, RAMP_STEPS)][None]
         noise = torch.randn(latents.shape, generator=generator)
         scaling = self.encoder.vae.config.scaling_factor

@@ -138,7 +138,7 @@ def resume(accelerator: Accelerator, folder: Path, progress: Progress, config: C
                if stored["settings"].get(name) != now[name]]  # fmt: skip
     if changed:
         raise ConfigError(
-            f"{newest} was made with other settings ({', '.join(changed)}). Set them back, or choose another out."
+            f"{newest} was saved with different settings ({', '.join(changed)}). Restore them or choose another out."
         )
     accelerator.load_state(str(newest))
     progress.step = int(stored["step"])

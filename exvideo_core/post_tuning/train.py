@@ -37,7 +37,7 @@ class Stop:
 
     def _ask(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's arguments
         self.asked = True
-        _log.warning("Stopping after this step; the checkpoint is saved first.")
+        _log.warning("Stopping after this step and saving a checkpoint.")
         self.restore()
 
     def restore(self) -> None:
@@ -64,7 +64,7 @@ def train(config: Config) -> Path | None:
         project_config=ProjectConfiguration(project_dir=str(out), automatic_checkpoint_naming=False),
     )
     if accelerator.device.type == "cpu" and config.mixed_precision == "fp16":
-        accelerator.print("fp16 on a CPU is slow and needs no less memory: --mixed-precision no or bf16 is better.")
+        accelerator.print("fp16 is slow on a CPU and saves no memory: use --mixed-precision no or bf16.")
     svd = checkpoint.load(config.base)
     encoder = Encoder(
         svd.vae.requires_grad_(False).to(accelerator.device),
@@ -137,7 +137,7 @@ def _samples(accelerator: Accelerator, folder: Folder, config: Config, encoder: 
     for video, wrong in fill_cache(cache, folder.videos, config, encoder, share):
         if wrong:
             broken.add(video.path)
-            _log.warning("Left out: %s", wrong)
+            _log.warning("Skipped: %s", wrong)
         bar.update()
     bar.close()
     accelerator.wait_for_everyone()
@@ -156,10 +156,12 @@ def _samples(accelerator: Accelerator, folder: Folder, config: Config, encoder: 
 
 def _list_skipped(out: Path, folder: Folder, broken: set[Path]) -> None:
     lines = [f"{path}\t{reason}" for path, reason in folder.skipped]
-    lines += [f"{path}\tcannot be decoded to its end" for path in sorted(broken)]
+    lines += [f"{path}\tcannot be decoded completely" for path in sorted(broken)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "skipped.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    _log.info("%d videos usable, %d left out (%s).", len(folder.videos) - len(broken), len(lines), out / "skipped.txt")
+    _log.info(
+        "%d usable videos, %d skipped (see %s).", len(folder.videos) - len(broken), len(lines), out / "skipped.txt"
+    )
 
 
 def _narrow_frozen(accelerator: Accelerator, unet: torch.nn.Module, config: Config) -> None:
@@ -181,7 +183,7 @@ def _optimizer(config: Config, groups: list[dict[str, object]]) -> torch.optim.O
             import bitsandbytes
         except ImportError as error:
             raise ConfigError(
-                "eight_bit_adam needs bitsandbytes: pip install bitsandbytes, or leave it off."
+                "eight_bit_adam needs bitsandbytes. Run pip install bitsandbytes, or turn it off."
             ) from error
         return bitsandbytes.optim.AdamW8bit(groups, **settings)
     return torch.optim.AdamW(groups, **settings)

@@ -56,7 +56,7 @@ def scan(folder: Path, span: int, width: int, height: int) -> Folder:
         ConfigError: the folder or its metadata.json cannot be read, or no video is usable.
     """
     if not folder.is_dir():
-        raise ConfigError(f"data: {folder} is no folder.")
+        raise ConfigError(f"data: {folder} is not a folder.")
     videos, skipped = [], []
     for path, bucket in _listed(folder):
         try:
@@ -65,16 +65,16 @@ def scan(folder: Path, span: int, width: int, height: int) -> Folder:
             skipped.append((path, f"cannot be decoded ({error})"))
             continue
         if frames < span:
-            skipped.append((path, f"has {frames} frames, a clip needs {span}"))
+            skipped.append((path, f"has {frames} frames, but a training clip needs {span}"))
         elif found_width * 2 < width or found_height * 2 < height:
             skipped.append((path, f"is {found_width}x{found_height}, less than half of {width}x{height}"))
         else:
             videos.append(Video(path, frames, bucket))
     for path, reason in skipped:
-        _log.warning("Left out: %s %s.", path, reason)
+        _log.warning("Skipped: %s %s.", path, reason)
     if not videos:
-        reasons = "; ".join(f"{path.name} {reason}" for path, reason in skipped[:3]) or "it holds no video"
-        raise ConfigError(f"data: no usable video in {folder} ({len(skipped)} left out: {reasons}).")
+        reasons = "; ".join(f"{path.name} {reason}" for path, reason in skipped[:3]) or "it contains no videos"
+        raise ConfigError(f"data: no usable videos in {folder} ({len(skipped)} skipped: {reasons}).")
     return Folder(tuple(videos), tuple(skipped))
 
 
@@ -89,7 +89,7 @@ def _listed(folder: Path) -> Iterator[tuple[Path, int | None]]:
         entries = json.loads(metadata.read_text(encoding="utf-8"))
         pairs = [(folder / entry["path"], entry.get("motion_bucket_id")) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f'data: {metadata} is no list of {{"path": ...}} ({error!r}).') from error
+        raise ConfigError(f'data: {metadata} is not a list of {{"path": ...}} ({error!r}).') from error
     yield from pairs
 
 
@@ -136,7 +136,7 @@ def read_window(path: Path, start: int, frames: int, interval: int, width: int, 
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path} cannot be decoded: {error}") from error
     if len(found) < frames:
-        raise ValueError(f"{path} ends {frames - len(found)} frames before its own count.")
+        raise ValueError(f"{path} ends {frames - len(found)} frames early.")
     return torch.cat(found)
 
 

@@ -24,12 +24,12 @@ def rgb(image: torch.Tensor, name: str = "image") -> torch.Tensor:
     """
     if image.ndim != 4 or 0 in image.shape:
         shape = list(image.shape)
-        raise ValueError(f"{name} holds no image: its shape is {shape}, expected [images, height, width, channels].")
+        raise ValueError(f"{name} contains no image: its shape is {shape}, expected [images, height, width, channels].")
     if image.shape[-1] == 2:
         raise ValueError(f"{name} has 2 channels. Connect images with 1 (gray), 3 (RGB) or 4 channels (RGBA).")
     pixels = image[..., :3].float()
     if not torch.isfinite(pixels).all():
-        raise ValueError(f"{name} holds NaN or infinite values. Check the image that is connected.")
+        raise ValueError(f"{name} contains NaN or infinite values. Check the connected image.")
     return pixels.expand(-1, -1, -1, 3)
 
 

@@ -16,12 +16,14 @@ def check_latents(samples: torch.Tensor, channels: int | None = None) -> None:
     """
     shape = list(samples.shape)
     if samples.ndim != 4 or 0 in shape:
-        raise ValueError(f"The latent's shape is {shape}, expected [frames, channels, height, width]: use SVD's.")
+        raise ValueError(
+            f"The latent has shape {shape}, expected [frames, channels, height, width]. Connect a latent from SVD."
+        )
     if channels is not None and shape[1] != channels:
-        raise ValueError(f"The latent has {shape[1]} channels, but SVD's have {channels}: it is from another model.")
+        raise ValueError(f"The latent has {shape[1]} channels, but SVD's have {channels}. It belongs to another model.")
     if not torch.isfinite(samples).all():
         raise ValueError(
-            "The latent holds NaN or infinite values: its sampling went wrong. Lower the guidance or the LoRA "
+            "The latent contains NaN or infinite values: sampling has diverged. Lower the guidance or the LoRA "
             "strengths, or start ComfyUI with --force-fp32 or --bf16-unet."
         )
 

@@ -93,7 +93,10 @@ class VideoWriter:
         if self._stream is None:
             self._begin(frames.shape[1], frames.shape[2])
         if frames.shape[1:3] != self._size:
-            raise ValueError(f"Frames of {frames.shape[2]}x{frames.shape[1]} pixels do not fit into {self.path.name}.")
+            size = f"{frames.shape[2]}x{frames.shape[1]}"
+            raise ValueError(
+                f"All frames of a video need the same size, but {self.path.name} got one of {size} pixels."
+            )
         assert self._stream is not None
         for picture in frames:
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -104,10 +107,14 @@ class VideoWriter:
 
     def _begin(self, height: int, width: int) -> None:
         if self._codec.pixel_format == "yuv420p" and (height % 2 or width % 2):
-            raise ValueError(f"{self._codec.encoder} cannot hold {width}x{height} pixels: both have to be even.")
+            raise ValueError(
+                f"{self._codec.encoder} cannot encode {width}x{height} pixels: width and height have to be even."
+            )
         if min(height, width) < self._codec.smallest:
             smallest = f"{self._codec.smallest}x{self._codec.smallest}"
-            raise ValueError(f"{self._codec.encoder} needs at least {smallest} pixels; these are {width}x{height}.")
+            raise ValueError(
+                f"{self._codec.encoder} needs at least {smallest} pixels, but the video has {width}x{height}."
+            )
         stream = self._container.add_stream(self._codec.encoder, rate=self._fps)
         stream.height, stream.width = self._size = (height, width)
         stream.pix_fmt = self._codec.pixel_format

@@ -85,11 +85,11 @@ def test_a_tensor_that_is_lost_or_misshapen_is_named(tmp_path, content, name: st
     tensors, metadata = content
     path = tmp_path / "spoiled.safetensors"
     save_file({key: value for key, value in tensors.items() if key != name}, path, metadata)
-    with pytest.raises(ModelFileError, match=f"'spoiled.safetensors' lacks .* of the {part}"):
+    with pytest.raises(ModelFileError, match=f"'spoiled.safetensors' is missing .* of the {part}"):
         load_checkpoint(str(path))
     save_file({**tensors, name: tensors[name].flatten()[:-1].clone()}, path, metadata)
     with pytest.raises(
-        ModelFileError, match="spoiled.safetensors' has .*shape|spoiled.safetensors' has the sizes of no"
+        ModelFileError, match="spoiled.safetensors' has .*shape|spoiled.safetensors' does not have the sizes of"
     ):
         load_checkpoint(str(path))
 
@@ -100,7 +100,7 @@ def test_head_sizes_that_do_not_fit_are_refused(tmp_path, content, key: str, hea
     tensors, metadata = content
     path = tmp_path / "heads.safetensors"
     save_file(tensors, path, {**metadata, key: heads})
-    with pytest.raises(ModelFileError, match="has the sizes of no Stable Video Diffusion model"):
+    with pytest.raises(ModelFileError, match="does not have the sizes of a Stable Video Diffusion model"):
         load_checkpoint(str(path))
 
 
@@ -169,8 +169,11 @@ def test_what_the_host_has_saved_loads_as_it_was(saved) -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        (f"{UNET}exvideo.num_head_channels", "does not say how many channels a head of the UNet has"),
-        (f"{CLIP}exvideo.clip_num_attention_heads", "does not say how many heads the CLIP vision model has"),
+        (f"{UNET}exvideo.num_head_channels", "does not give the number of channels per attention head of the UNet"),
+        (
+            f"{CLIP}exvideo.clip_num_attention_heads",
+            "does not give the number of attention heads of the CLIP vision model",
+        ),
     ],
 )
 def test_a_saved_file_that_has_lost_its_heads_is_refused(saved, name: str, problem: str) -> None:
@@ -182,7 +185,7 @@ def test_a_saved_file_that_has_lost_its_heads_is_refused(saved, name: str, probl
     with pytest.raises(ModelFileError, match=f"'spoiled.safetensors' {problem}"):
         load_checkpoint(str(spoiled))
     save_file({**tensors, name: torch.tensor(float("nan"))}, spoiled)
-    with pytest.raises(ModelFileError, match="has the sizes of no Stable Video Diffusion model"):
+    with pytest.raises(ModelFileError, match="does not have the sizes of a Stable Video Diffusion model"):
         load_checkpoint(str(spoiled))
 
 

@@ -66,7 +66,7 @@ def test_each_clip_keeps_the_run_that_made_it(model) -> None:
         assert all(found[step].equal(expected[step]) for step in expected)
     assert list(recording.find_run(shorter).x0) == [1, 2]
     assert recording.find_run(first * 1.2 + 0.1) is recording.find_run(first)
-    with pytest.raises(ValueError, match="no run that made this clip"):
+    with pytest.raises(ValueError, match="No recorded run made this latent"):
         recording.find_run(torch.randn(first.shape))
 
 
@@ -113,7 +113,7 @@ def test_a_recording_of_another_clip_is_refused(loaded, model) -> None:
     with pytest.raises(ValueError, match="empty"):
         denoising_sheet(vae, torch.zeros(FRAMES, 4, 8, 8), Recording(), 3, 64)
     sample(clone)
-    with pytest.raises(ValueError, match="of another size"):
+    with pytest.raises(ValueError, match="has a different size"):
         denoising_sheet(vae, torch.zeros(FRAMES + 1, 4, 8, 8), recording, 3, 64)
 
 

@@ -125,7 +125,7 @@ def test_a_preview_of_another_kind_ends_no_run(messages, caplog, answer) -> None
     watched.stop()
     assert [value for value, *_, thread in messages if thread == "MainThread"] == [1, 2, 3]
     assert not [thread for *_, thread in messages if thread == "exvideo_preview"]
-    assert len([record for record in caplog.records if "is not played" in record.message]) == 1
+    assert len([record for record in caplog.records if "preview is off" in record.message]) == 1
 
 
 def test_pictures_that_cannot_be_sent_end_no_run(messages, caplog, monkeypatch) -> None:

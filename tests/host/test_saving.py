@@ -68,12 +68,12 @@ def test_frame_rates_are_taken_as_they_are_written_or_linked(server, kind, value
 @pytest.mark.parametrize("value", [0.5, 240.5, float("nan"), float("inf"), "thirty"])
 def test_a_frame_rate_out_of_range_is_refused_by_name(server, value) -> None:
     result = server.run(video(value))
-    assert result.status == "invalid" and f"fps ({value}) has to be from 1 to 240." in str(result.error)
+    assert result.status == "invalid" and f"fps ({value}) must be between 1 and 240." in str(result.error)
     if value in ("thirty", float("inf")):  # nothing that gives numbers by link gives these
         return
     result = server.run(video(["4", 0], **{"4": {"class_type": "PrimitiveFloat", "inputs": {"value": value}}}))
     assert result.status == "error"
-    assert result.error["exception_message"].startswith(f"fps ({value}) has to be from 1 to 240.")
+    assert result.error["exception_message"].startswith(f"fps ({value}) must be between 1 and 240.")
 
 
 def extension(prefix: str) -> dict[str, dict[str, Any]]:
@@ -136,7 +136,7 @@ def test_a_disk_that_takes_no_more_leaves_no_part_of_a_video(tmp_path: Path, cli
     for limit in (0, size // 2, size * 9 // 10):
         try:
             with (
-                pytest.raises(OutputFileError, match=rf"clip\{path.suffix}' cannot be written: the disk takes no file"),
+                pytest.raises(OutputFileError, match=rf"clip\{path.suffix}' cannot be written: the file is too large"),
                 VideoWriter(path, 30, codec) as writer,
             ):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
@@ -180,6 +180,9 @@ def test_a_folder_that_may_not_be_written_to_is_known_before_anything_is_decoded
 
     monkeypatch.setattr(Path, "open", refuse)
     reached = False
-    with pytest.raises(OutputFileError, match="its folder may not be written to"), VideoWriter(tmp_path / "a.mp4", 30):
+    with (
+        pytest.raises(OutputFileError, match="permission to write to its folder is denied"),
+        VideoWriter(tmp_path / "a.mp4", 30),
+    ):
         reached = True
     assert not reached

@@ -102,12 +102,12 @@ def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
     other = random_model.random_extension([32] * 16, 64, 8, generator)
     save_file(other, folder / "narrow.safetensors")
     return {
-        "missing": ("ExVideoLoader", "lacks"),
+        "missing": ("ExVideoLoader", "is missing"),
         "extra": ("ExVideoLoader", "blocks.1.x"),
         "duplicate": ("ExVideoLoader", "twice"),
-        "shape": ("ExVideoLoader", "of shape [3]"),
+        "shape": ("ExVideoLoader", "with shape [3]"),
         "nan": ("ExVideoLoader", "NaN"),
-        "cut": ("ExVideoLoader", "cut off"),
+        "cut": ("ExVideoLoader", "truncated"),
         "text": ("ExVideoLoader", "not a safetensors file"),
         "pickle": ("ExVideoLoader", "pickle"),
         "svd": ("ExVideoLoader", "SVD checkpoint"),

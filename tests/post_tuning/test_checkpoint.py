@@ -36,7 +36,7 @@ def test_an_incomplete_file_is_named(base: Path, tmp_path: Path, drop: str) -> N
     path = tmp_path / "part.safetensors"
     kept = {name: value for name, value in load_file(base).items() if not name.startswith(drop)}
     save_file(kept, path, read_header(base).metadata)
-    with pytest.raises(ModelFileError, match="part.safetensors.*no complete SVD"):
+    with pytest.raises(ModelFileError, match="part.safetensors.*not a complete SVD"):
         checkpoint.load(path)
 
 
@@ -48,7 +48,7 @@ def test_a_narrow_file_has_to_tell_its_heads(base: Path, tmp_path: Path) -> None
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="no diffusers folder"):
+    with pytest.raises(ModelFileError, match="not a diffusers folder"):
         checkpoint.load(tmp_path)
 
 
@@ -64,7 +64,7 @@ def test_an_untrained_extension_changes_nothing_and_returns_whole(base: Path) ->
     torch.testing.assert_close(extended, plain, rtol=1e-4, atol=1e-4)
     ours, theirs = extension.tensors(), patch.collect(svd.unet).tensors()
     assert all(ours[name].equal(theirs[name]) for name in ours)
-    with pytest.raises(ValueError, match="an extension already"):
+    with pytest.raises(ValueError, match="already has an extension"):
         patch.apply(svd.unet, extension)
 
 

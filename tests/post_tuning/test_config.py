@@ -35,7 +35,7 @@ def test_the_command_line_goes_over_the_file(file: Path) -> None:
         ("frames: 1", "frames is 1"),
         ("ema: 1.0", "ema is 1.0"),
         ("{", "cannot be read"),
-        ("train_positions: false\ntrain_convolution: false\ntrain_attention: false", "Nothing is trained"),
+        ("train_positions: false\ntrain_convolution: false\ntrain_attention: false", "nothing to train"),
         ("base: ''", "base is not set"),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_run_on_them_trains_and_writes_the_list(mixed: Path, run) -> None:
     done = run(data=mixed, steps=2)
     text = done.finish()
     listed = (done.out / "skipped.txt").read_text()
-    assert "4 videos usable, 3 left out" in text
+    assert "4 usable videos, 3 skipped" in text
     assert all(name in listed for name in ("cut.mkv", "text.mp4", "000000.mkv"))
 
 
@@ -77,7 +77,7 @@ def test_windows_are_the_videos_frames(videos: Path) -> None:
     truth = (world.render(world.sample(1), 10) * 255).round().astype(np.uint8)
     window = read_window(videos / "000001.mkv", 2, 3, 2, 64, 64).numpy()
     assert np.abs(window.astype(int) - truth[[2, 4, 6]]).max() <= 1
-    with pytest.raises(ValueError, match="ends 1 frames before"):
+    with pytest.raises(ValueError, match="ends 1 frames early"):
         read_window(videos / "000001.mkv", 2, 5, 2, 64, 64)
     assert read_window(videos / "000001.mkv", 0, 2, 1, 128, 64).shape == (2, 64, 128, 3)
 

@@ -61,7 +61,7 @@ def test_loads_every_dtype_and_prefix(tmp_path: Path, dtype: torch.dtype, prefix
 def test_missing_extra_and_misshaped(tmp_path: Path) -> None:
     content = tensors()
     lacking = {name: value for name, value in content.items() if name != "blocks.83.attn1.to_q.weight"}
-    refused(save(lacking, tmp_path / "a.safetensors"), "lacks", "blocks.83.attn1.to_q.weight")
+    refused(save(lacking, tmp_path / "a.safetensors"), "is missing", "blocks.83.attn1.to_q.weight")
     refused(save({**content, "blocks.8.x": torch.zeros(1)}, tmp_path / "b.safetensors"), "blocks.8.x")
     wrong = {**content, "blocks.7.norm1.weight": torch.zeros(9).half()}
     refused(save(wrong, tmp_path / "c.safetensors"), "blocks.7.norm1.weight", "[9]", "[8]")
@@ -97,7 +97,7 @@ def test_integers_are_refused(tmp_path: Path) -> None:
 def test_truncated(tmp_path: Path, part: float) -> None:
     path = save(tensors(), tmp_path / "ext.safetensors")
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
-    refused(path, "cut off", "again")
+    refused(path, "truncated", "again")
 
 
 def test_other_kinds_of_file(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_other_kinds_of_file(tmp_path: Path) -> None:
     refused(path, "not a safetensors")
     header = json.dumps({"x": {"dtype": "F16", "shape": "no"}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    refused(path, "damaged")
+    refused(path, "corrupted")
     refused(tmp_path / "absent.safetensors", "cannot be read")
     torch.save({}, tmp_path / "extension.pt")
     refused(tmp_path / "extension.pt", "not a .safetensors file")
@@ -161,4 +161,4 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
         return real(tensor)
 
     monkeypatch.setattr(torch.Tensor, "clone", clone)
-    refused(path, "changed while it was read", "again")
+    refused(path, "changed while it was being read", "again")

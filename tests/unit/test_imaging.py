@@ -24,11 +24,11 @@ def test_pictures_of_any_type_and_kind_are_taken(dtype: torch.dtype, channels: i
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.rand(0, 4, 4, 3), "image holds no image"),
-        (torch.rand(4, 4, 3), "image holds no image"),
+        (torch.rand(0, 4, 4, 3), "image contains no image"),
+        (torch.rand(4, 4, 3), "image contains no image"),
         (torch.rand(1, 4, 4, 2), "image has 2 channels"),
-        (torch.full((1, 4, 4, 3), float("nan")), "image holds NaN or infinite"),
-        (torch.full((1, 4, 4, 3), float("inf")), "image holds NaN or infinite"),
+        (torch.full((1, 4, 4, 3), float("nan")), "image contains NaN or infinite"),
+        (torch.full((1, 4, 4, 3), float("inf")), "image contains NaN or infinite"),
     ],
 )
 def test_pictures_that_are_none_are_refused(image: torch.Tensor, message: str) -> None:
@@ -42,7 +42,7 @@ def test_pictures_that_are_none_are_refused(image: torch.Tensor, message: str) -
         (torch.zeros(1, 16, 3, 4, 4), "expected \\[frames, channels"),
         (torch.zeros(0, 4, 4, 4), "expected \\[frames, channels"),
         (torch.zeros(1, 16, 4, 4), "16 channels, but SVD's have 4"),
-        (torch.full((1, 4, 4, 4), float("nan")), "sampling went wrong"),
+        (torch.full((1, 4, 4, 4), float("nan")), "sampling has diverged"),
     ],
 )
 def test_latents_of_other_models_are_refused(samples: torch.Tensor, message: str) -> None:

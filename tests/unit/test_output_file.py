@@ -24,13 +24,13 @@ def extension() -> Extension:
 @pytest.mark.parametrize(
     ("number", "told"),
     [
-        (errno.ENOSPC, "the disk is full. Free some space"),
-        (errno.EDQUOT, "the disk is full. Free some space"),
-        (errno.EROFS, "its folder may not be written to. Let the user that runs ComfyUI write there"),
-        (errno.EACCES, "its folder may not be written to. Let the user that runs ComfyUI write there"),
-        (errno.EISDIR, "a folder has its name, or a file the name of its folder. Choose another filename_prefix"),
+        (errno.ENOSPC, "the disk is full. Free up some space"),
+        (errno.EDQUOT, "the disk is full. Free up some space"),
+        (errno.EROFS, "permission to write to its folder is denied. Give the user that runs ComfyUI write access"),
+        (errno.EACCES, "permission to write to its folder is denied. Give the user that runs ComfyUI write access"),
+        (errno.EISDIR, "a folder has this name, or a file has its folder's name. Choose another filename_prefix"),
         (errno.ENAMETOOLONG, "its name is too long. Choose a shorter filename_prefix"),
-        (errno.EIO, "the disk reports an error. Check the disk"),
+        (errno.EIO, "the disk reported an error. Check the disk"),
     ],
 )
 def test_a_disks_refusals_say_what_to_do(number: int, told: str) -> None:
@@ -64,7 +64,7 @@ def test_what_is_in_the_way_is_told_before_anything_is_written(tmp_path: Path, e
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "folder.safetensors", tmp_path / "file" / "new.safetensors"):
-        with pytest.raises(OutputFileError, match=f"'{path}' cannot be written: a folder has its name, or a file"):
+        with pytest.raises(OutputFileError, match=f"'{path}' cannot be written: a folder has this name, or a file"):
             extension.save(path)
     with pytest.raises(OutputFileError, match="its name is too long"):
         extension.save(tmp_path / f"{'n' * 300}.safetensors")
@@ -99,7 +99,7 @@ def test_an_extension_that_the_system_does_not_take_leaves_no_part(tmp_path: Pat
     _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
-        with pytest.raises(OutputFileError, match="new.safetensors' cannot be written: the disk takes no file"):
+        with pytest.raises(OutputFileError, match="new.safetensors' cannot be written: the file is too large"):
             extension.save(tmp_path / "new.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

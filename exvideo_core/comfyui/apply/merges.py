@@ -38,8 +38,8 @@ def refuse_to_save(name: str) -> None:
     while frame is not None:
         if frame.f_code.co_name in _SAVING:
             raise ValueError(
-                f"This model has the ExVideo extension '{name}' applied, which a checkpoint file cannot hold. Save the "
-                "model that goes into ExVideo Apply, and the extension with Save ExVideo Extension."
+                f"This model has the ExVideo extension '{name}' applied, which a checkpoint file cannot store. Save "
+                "the model that goes into ExVideo Apply, and save the extension with Save ExVideo Extension."
             )
         frame = frame.f_back
 
@@ -75,8 +75,8 @@ class PatchOrder:
             if filter_prefix is None:  # ComfyUI's own bookkeeping
                 return type(own).get_key_patches(own)
             raise ValueError(
-                f"The second model of this merge has the ExVideo extension '{self._name}' applied, and merges cannot "
-                "hold one. Merge the models before ExVideo Apply, and apply the extension to the result."
+                f"The second model of this merge has the ExVideo extension '{self._name}' applied, which cannot be "
+                "merged. Merge the models before ExVideo Apply and apply the extension to the result."
             )
 
         clone.add_patches, clone.get_key_patches = add_patches, get_key_patches

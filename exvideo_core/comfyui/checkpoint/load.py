@@ -115,7 +115,7 @@ class _VideoVAE(comfy.sd.VAE):
 
     def __init__(self, sd: dict[str, torch.Tensor], sizes: Sizes) -> None:
         super().__init__(sd={})  # sets this host version's defaults, and logs that it was given no weights
-        logging.info("The VAE comes from the ExVideo loader; the line above does not concern it.")
+        logging.info("The ExVideo loader has initialized the VAE: ignore the warning above.")
         management = comfy.model_management
         self.first_stage_model = vae_model(sizes.vae).eval()
         self.first_stage_model.load_state_dict(sd, strict=False)  # other tensors may lie beside the needed ones

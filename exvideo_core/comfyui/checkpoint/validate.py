@@ -29,7 +29,7 @@ VAE = "first_stage_model."
 CLIP: str = comfy.supported_models.SVD_img2vid.clip_vision_prefix
 
 _SOURCE = "Use an SVD checkpoint, such as svd_xt.safetensors."
-_AGAIN = "It is incomplete, damaged or of another model: download it again."
+_AGAIN = "It is incomplete, corrupted or belongs to another model. Download it again."
 #: SVD's own sizes, the only ones that the host's loader knows.
 _SVD_CHANNELS = 320
 _SVD_CLIP_WIDTH = 1280
@@ -100,7 +100,9 @@ def read_sizes(path: str, header: Header) -> Sizes:
         }
     except Exception as error:  # the host's detection and classes raise anything on sizes that fit no SVD
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ModelFileError(path, f"has the sizes of no Stable Video Diffusion model ({reason}).", _AGAIN) from error
+        raise ModelFileError(
+            path, f"does not have the sizes of a Stable Video Diffusion model ({reason}).", _AGAIN
+        ) from error
     for part, model in needed.items():
         _compare(path, part, model.state_dict(), parts[part])
     _check_dtypes(path, header)
@@ -141,13 +143,13 @@ def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if f"{decoder}conv_in.weight" in shapes:
             raise ModelFileError(
                 path,
-                "has a VAE that decodes single images, without SVD's temporal layers (as svd_xt_image_decoder has).",
-                "Use svd_xt.safetensors, or load this file with ComfyUI's own node 'Load Checkpoint Image Only "
-                "(img2vid model)', which older versions call 'Image Only Checkpoint Loader (img2vid model)'.",
+                "has a VAE that decodes single images, without SVD's temporal layers (like svd_xt_image_decoder).",
+                "Use svd_xt.safetensors, or load this file with ComfyUI's node 'Load Checkpoint Image Only (img2vid "
+                "model)' (in older versions 'Image Only Checkpoint Loader (img2vid model)').",
             )
-        raise ModelFileError(path, "has no VAE of SVD's layout.", _SOURCE)
+        raise ModelFileError(path, "has no VAE with SVD's layout.", _SOURCE)
     if not {f"{CLIP}conv1.weight", f"{CLIP}vision_model.embeddings.patch_embedding.weight"} & shapes.keys():
-        raise ModelFileError(path, "has no CLIP vision model of SVD's layout.", _SOURCE)
+        raise ModelFileError(path, "has no CLIP vision model with SVD's layout.", _SOURCE)
 
 
 def _heads(path: str, header: Header) -> dict[str, Any]:
@@ -168,13 +170,18 @@ def _heads(path: str, header: Header) -> dict[str, Any]:
     shapes = header.shapes
     saved_by_host = f"{CLIP}conv1.weight" not in shapes
     for key, what, name, width in (
-        (HEAD_CHANNELS, "channels a head of the UNet has", f"{UNET}input_blocks.0.0.weight", _SVD_CHANNELS),
-        (CLIP_HEADS, "heads the CLIP vision model has", f"{CLIP}vision_model.pre_layrnorm.weight", _SVD_CLIP_WIDTH),
+        (HEAD_CHANNELS, "channels per attention head of the UNet", f"{UNET}input_blocks.0.0.weight", _SVD_CHANNELS),
+        (
+            CLIP_HEADS,
+            "attention heads of the CLIP vision model",
+            f"{CLIP}vision_model.pre_layrnorm.weight",
+            _SVD_CLIP_WIDTH,
+        ),
     ):
         if saved_by_host and key not in found and shapes.get(name, (width,))[:1] != (width,):
             raise ModelFileError(
                 path,
-                f"does not say how many {what}, which a model of this width needs.",
+                f"does not give the number of {what}, which a model of this width needs.",
                 "Load the original with Load SVD Checkpoint (ExVideo) and save it again.",
             )
     return {**METADATA_DEFAULTS, **found}
@@ -233,7 +240,7 @@ def _clip_sizes(tensors: Mapping[str, torch.Tensor], heads: int) -> dict[str, An
 def _check_heads(sizes: Sizes) -> None:
     channels, heads = sizes.unet["num_head_channels"], sizes.clip["num_attention_heads"]
     for what, width, part in (
-        ("channels a head", sizes.unet["model_channels"], channels),
+        ("channels per head", sizes.unet["model_channels"], channels),
         ("heads", sizes.clip["hidden_size"], heads),
     ):
         if part < 1 or width % part:
@@ -244,14 +251,14 @@ def _compare(path: str, part: str, expected: Mapping[str, torch.Tensor], found: 
     missing = sorted(expected.keys() - found.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelFileError(path, f"lacks {missing[0]}{more} of the {part}.", _AGAIN)
+        raise ModelFileError(path, f"is missing {missing[0]}{more} of the {part}.", _AGAIN)
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             shapes = f"{list(found[name].shape)}, expected {list(tensor.shape)}"
-            raise ModelFileError(path, f"has {name} of the {part} of shape {shapes}.", _AGAIN)
+            raise ModelFileError(path, f"has {name} of the {part} with shape {shapes}.", _AGAIN)
 
 
 def _check_dtypes(path: str, header: Header) -> None:
     for name, dtype in header.dtypes.items():
         if name.startswith((UNET, VAE, CLIP)) and dtype not in _FLOATS:
-            raise ModelFileError(path, f"holds {name} as {dtype}.", "Use a file in fp16, bf16 or fp32.")
+            raise ModelFileError(path, f"stores {name} as {dtype}.", "Use a file in fp16, bf16 or fp32.")

@@ -147,7 +147,9 @@ class PreviewPlayer:
         """Show no more images in this run."""
         self._enabled = False
         self._images = []
-        logging.warning("ExVideo's animated preview is off for this run: decoding a frame failed (%s).", error)
+        logging.warning(
+            "ExVideo's animated preview is off for this run: a frame could not be decoded or sent (%s).", error
+        )
 
     def stop(self) -> None:
         """Stop showing images."""

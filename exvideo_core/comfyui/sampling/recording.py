@@ -73,8 +73,8 @@ class Recording:
         if not fitting:
             sizes = tuple(self._runs[-1].result.shape), tuple(latents.shape)
             raise ValueError(
-                f"The recording has another size ({sizes[0]}) than this latent ({sizes[1]}; frames, channels, height, "
-                "width). Connect the model from ExVideo Record Denoising to this latent's sampler."
+                f"The recording has a different size ({sizes[0]}) than this latent ({sizes[1]}; frames, channels, "
+                "height, width). Connect the model from ExVideo Record Denoising to this latent's sampler."
             )
         video = latents.detach().to("cpu", torch.float32)
         similar = [_correlation(run.result, video) for run in fitting]
