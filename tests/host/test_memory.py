@@ -108,19 +108,17 @@ def test_half_precision_in_chunks(dtype, monkeypatch) -> None:
     model = apply_extension(half.base, half.extension)
     whole = call_within(WHOLE, model, 1, monkeypatch, dtype)
     parts = call_within(CHUNK_BYTES[1], model, 1, monkeypatch, dtype)
-    assert parts.isfinite().all()
     assert svd.relative_error(parts, whole) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_128_frames_in_half_precision_stay_finite(dtype) -> None:
+def test_128_frames_in_half_precision_match_float32(dtype) -> None:
     half = svd.make_pair(dtype)
     generator = torch.Generator().manual_seed(5)
     sample = torch.randn(1, 128, 8, 8, 8, generator=generator)
     context, ids = inputs(1)[1:]
     model = apply_extension(half.base, half.extension)
     found = svd.call_host(model, sample.to(dtype), 0.7, context.to(dtype), ids)
-    assert found.isfinite().all()
     whole = svd.make_pair(torch.float32)
     expected = svd.call_host(apply_extension(whole.base, whole.extension), sample, 0.7, context, ids)
     assert svd.relative_error(found, expected) < 4 * torch.finfo(dtype).eps

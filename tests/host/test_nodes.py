@@ -150,7 +150,7 @@ def test_a_number_that_comes_by_link_is_checked_when_it_is_there(nodes) -> None:
     for node, item in found:
         others = {other.id: getattr(widget(other), "default", None) for other in node.define_schema().inputs}
         for value in (item.min - 1, item.max + 1, float("nan"), float("inf")):
-            with pytest.raises(ValueError, match=re.escape(f"{item.id} ({value}) has to be from {item.min} to")):
+            with pytest.raises(ValueError, match=re.escape(f"{item.id} ({value}) must be between {item.min} and")):
                 node.execute(**{**others, item.id: value})
 
 

@@ -288,9 +288,10 @@ def test_averaged_windows_may_be_split_between_samplers(model) -> None:
 
 
 def test_sequential_windows_cannot_leave_noise(model) -> None:
+    before = sample(model)
     with pytest.raises(ValueError, match="(?s)finishes one window.*end_at_step.*pyramid"):
         in_two(with_windows(model, SEQUENTIAL), model)
-    assert sample(model).isfinite().all()
+    assert sample(model).equal(before)
 
 
 def test_sequential_windows_go_on_from_what_another_sampler_has_left(model) -> None:
@@ -313,7 +314,6 @@ def test_sequential_windows_go_on_from_what_another_sampler_has_left(model) -> N
                    disable_noise=True)  # fmt: skip
     own = slice(WINDOW - OVERLAP)
     assert svd.relative_error(clip[own], alone[own]) < ROUNDING
-    assert clip.isfinite().all()
 
 
 def test_a_second_pass_begins_at_its_own_noise(model) -> None:
