@@ -38,7 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class ExVideoExtension(ComfyExtension):
-    """This pack, as ComfyUI sees it."""
+    """The node pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

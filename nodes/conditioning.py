@@ -1,4 +1,4 @@
-"""Nodes that make the conditioning."""
+"""The node that creates the conditioning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from comfy.clip_vision import ClipVisionModel
     from comfy.sd import VAE
 
-_MAX_RESOLUTION = 16384  # the host's own limit
+_MAX_RESOLUTION = 16384  # ComfyUI's own limit
 
 
 class ExVideoConditioning(io.ComfyNode):
@@ -24,37 +24,39 @@ class ExVideoConditioning(io.ComfyNode):
             node_id="ExVideoConditioning",
             display_name="ExVideo Conditioning",
             category="ExVideo",
-            description="Makes SVD's conditioning from the clip's first picture, as the ExVideo reference does, and "
-            "the empty latent of the clip. The same seed gives the same conditioning.",
+            description="Encodes the first frame into SVD conditioning, as the ExVideo reference does, and creates "
+            "the empty latent of the video. The same seed gives the same conditioning.",
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder of the SVD checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
-                io.Image.Input("image", tooltip="The first picture of the clip (of a batch, the first)."),
+                io.Image.Input(
+                    "image", tooltip="The first frame of the video. Only the first image of a batch is used."
+                ),
                 io.Int.Input(
                     "width",
                     default=512,
                     min=64,
                     max=_MAX_RESOLUTION,
                     step=8,
-                    tooltip="Width of the clip in pixels. The picture is scaled to cover it and cut in the middle.",
+                    tooltip="Width of the video in pixels. The image is resized to cover it and center-cropped.",
                 ),
                 io.Int.Input(
-                    "height", default=512, min=64, max=_MAX_RESOLUTION, step=8, tooltip="Height of the clip in pixels."
+                    "height", default=512, min=64, max=_MAX_RESOLUTION, step=8, tooltip="Height of the video in pixels."
                 ),
                 io.Int.Input(
                     "frames",
                     default=128,
                     min=1,
                     max=MAX_FRAMES,
-                    tooltip="Frames of the clip. ExVideo-SVD-128f-v1 is trained for 128.",
+                    tooltip="Number of frames to generate. ExVideo-SVD-128f-v1 is trained for 128.",
                 ),
-                io.Int.Input("fps", default=30, min=1, max=1024, tooltip="Frame rate that the motion is made for."),
+                io.Int.Input("fps", default=30, min=1, max=1024, tooltip="Frame rate the motion is generated for."),
                 io.Int.Input(
                     "motion_bucket_id",
                     default=127,
                     min=0,
                     max=1023,
-                    tooltip="Amount of motion: higher moves more. 127 is SVD's default.",
+                    tooltip="Amount of motion. Higher values move more; 127 is SVD's default.",
                 ),
                 io.Float.Input(
                     "noise_aug_strength",
@@ -62,7 +64,8 @@ class ExVideoConditioning(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Noise added to the picture, on its -1..1 scale. More of it follows the picture less.",
+                    tooltip="Strength of the noise added to the image, on its -1..1 scale. Higher values follow the "
+                    "image less closely.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -70,13 +73,15 @@ class ExVideoConditioning(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Seed of the noise on the picture.",
+                    tooltip="Seed of the noise added to the image.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="Conditioning on the picture."),
-                io.Conditioning.Output(display_name="negative", tooltip="Conditioning on no picture."),
-                io.Latent.Output(display_name="latent", tooltip="An empty latent of the clip's frames and size."),
+                io.Conditioning.Output(display_name="positive", tooltip="Conditioning with the image."),
+                io.Conditioning.Output(display_name="negative", tooltip="Conditioning without an image."),
+                io.Latent.Output(
+                    display_name="latent", tooltip="An empty latent with the length and size of the video."
+                ),
             ],
         )
 

@@ -1,4 +1,4 @@
-"""A picture to begin with, for the small model that comes with the pack."""
+"""Draws a first frame for the small model included with the pack."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ExVideoExamplePicture(io.ComfyNode):
             node_id="ExVideoExamplePicture",
             display_name="ExVideo Example Picture",
             category="ExVideo/example",
-            description="Draws a first frame for the small model that comes with this pack (exvideo_small): a disk "
-            "or square in each of two lanes. Disks set out to the right, squares to the left.",
+            description="Draws a first frame for exvideo_small, the small model included with this pack: two lanes "
+            "with a disk or a square in each. Disks start moving to the right, squares to the left.",
             inputs=[
                 io.Int.Input(
                     "seed",
@@ -23,13 +23,14 @@ class ExVideoExamplePicture(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Decides places, shapes, colours and speed. Seeds of training lie below 10,000,000.",
+                    tooltip="Determines positions, shapes, colors and speed. Seeds below 10,000,000 were used for "
+                    "training.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The picture, 64x64."),
+                io.Image.Output(display_name="image", tooltip="The image, 64x64 pixels."),
                 io.Int.Output(
-                    display_name="motion_bucket_id", tooltip="The clip's speed: 40 slow, 100 medium, 160 fast."
+                    display_name="motion_bucket_id", tooltip="Speed of the motion: 40 is slow, 100 medium, 160 fast."
                 ),
             ],
         )

@@ -1,4 +1,4 @@
-"""Where the pack's models lie: the user's folders, and the small model that comes with the pack."""
+"""Model folders: the user's, and the one with the small model included with the pack."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SHIPPED_CHECKPOINT = "exvideo_small.safetensors"
 
 
 def register_model_folder() -> None:
-    """Register `models/exvideo` for safetensors files, beside paths that the user's configuration gave.
+    """Register `models/exvideo` for safetensors files, in addition to the user's configured paths.
 
-    The folder of the shipped small extension comes last: a file of the user's own of that name wins.
+    The folder of the included extension comes last, so that the user's own files take precedence.
     """
     folder_paths.add_model_folder_path(KEY, os.path.join(folder_paths.models_dir, KEY))
     folder_paths.add_model_folder_path(KEY, os.path.join(_SHIPPED, KEY))
@@ -23,13 +23,13 @@ def register_model_folder() -> None:
 
 
 def checkpoint_names() -> list[str]:
-    """The user's checkpoints, and the shipped one. The host's own lists stay without it: only our loader reads it."""
+    """The user's checkpoints and the included one, which ComfyUI's own lists omit: only our loader can read it."""
     names = folder_paths.get_filename_list("checkpoints")
     return names if _SHIPPED_CHECKPOINT in names else [*names, _SHIPPED_CHECKPOINT]
 
 
 def fingerprint(path: str | None) -> tuple[int, int] | None:
-    """Changes when the file at a path does: ComfyUI loads it again then."""
+    """Changes when the file at a path does, so that ComfyUI loads it again."""
     if path is None or not os.path.isfile(path):
         return None
     found = os.stat(path)
@@ -40,13 +40,13 @@ def checkpoint_path(name: str) -> str:
     """Full path of a checkpoint of `checkpoint_names`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     return find_checkpoint(name) or folder_paths.get_full_path_or_raise("checkpoints", name)
 
 
 def find_checkpoint(name: str) -> str | None:
-    """Full path of a checkpoint, None where there is none."""
+    """Full path of a checkpoint, or None if it does not exist."""
     path = folder_paths.get_full_path("checkpoints", name)
     if path is None and name == _SHIPPED_CHECKPOINT:
         return os.path.join(_SHIPPED, "checkpoints", name)

@@ -1,4 +1,4 @@
-"""A node that gives frames of a clip."""
+"""The node that fixes frames of a video."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ class ExVideoKeyframes(io.ComfyNode):
             node_id="ExVideoKeyframes",
             display_name="ExVideo Keyframes",
             category="ExVideo",
-            description="Fixes frames of the clip to given pictures, and leaves the others to the sampler: the last "
-            "frame, stills in between, or the start that goes on from another clip. Nodes may follow one another. "
-            "Leave ExVideo Normalize Latent out behind them: it would change the given frames too.",
+            description="Fixes selected frames to given images and lets the sampler generate the rest: the last "
+            "frame, images in between, or a start that continues another video. You can chain several of these "
+            "nodes. Do not use ExVideo Normalize Latent after them: it would change the fixed frames, too.",
             inputs=[
                 io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
-                io.Latent.Input("latent", tooltip="The clip's latent, from ExVideo Conditioning."),
+                io.Latent.Input("latent", tooltip="The latent of the video, from ExVideo Conditioning."),
                 io.Image.Input(
                     "images",
-                    tooltip="A picture for each frame, in the order of frame_indices, or one for all. Scaled to cover "
-                    "the clip and cut in the middle.",
+                    tooltip="One image per frame, in the order of frame_indices, or a single image for all of them. "
+                    "Images are resized to cover the video and center-cropped.",
                 ),
                 io.String.Input(
                     "frame_indices",
                     default="0",
-                    tooltip="Frames to fix: numbers from 0, or from the end as -1, and ranges, such as '0-15, 64, -1'.",
+                    tooltip="Frames to fix, counted from 0, or from the end with negative numbers (-1 is the last "
+                    "frame). Separate them with commas and use ranges where needed, such as '0-15, 64, -1'.",
                 ),
                 io.Int.Input(
                     "fade_frames",
@@ -43,14 +44,14 @@ class ExVideoKeyframes(io.ComfyNode):
                     min=0,
                     max=MAX_FRAMES,
                     optional=True,
-                    tooltip="Where several frames in a row are given: over so many of the last of them the hold fades, "
-                    "so that they go over into what is made. For going on from a clip.",
+                    tooltip="When you fix several frames in a row, gradually releases this many of the last ones, so "
+                    "that they blend into the generated frames. Use it to continue a video.",
                 ),
             ],
             outputs=[
                 io.Latent.Output(
                     display_name="latent",
-                    tooltip="The latent with these frames in it, and a noise mask that keeps them.",
+                    tooltip="The latent with the fixed frames in it, and a noise mask that preserves them.",
                 )
             ],
         )

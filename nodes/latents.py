@@ -1,4 +1,4 @@
-"""Nodes between the sampler and the picture."""
+"""Nodes between the sampler and the images."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class ExVideoNormalizeLatent(io.ComfyNode):
             node_id="ExVideoNormalizeLatent",
             display_name="ExVideo Normalize Latent",
             category="ExVideo",
-            description="Gives every frame of a sampled clip the same brightness and contrast, as the ExVideo "
-            "reference does before it decodes.",
+            description="Gives every frame of a sampled video the same brightness and contrast, as the ExVideo "
+            "reference does before decoding.",
             inputs=[
-                io.Latent.Input("latent", tooltip="The sampled clip."),
+                io.Latent.Input("latent", tooltip="The sampled latent."),
                 io.Boolean.Input(
                     "normalize",
                     default=True,
-                    tooltip="Standardise each frame's latent to the mean and deviation of the whole clip.",
+                    tooltip="Normalize each frame's latent to the mean and standard deviation of the whole video.",
                 ),
                 io.Float.Input(
                     "contrast",
@@ -35,10 +35,10 @@ class ExVideoNormalizeLatent(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="Factor on the latent. 1.2 is the reference's, 1 leaves it.",
+                    tooltip="Factor applied to the latent. The reference uses 1.2; 1 leaves the contrast unchanged.",
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="The clip, for ExVideo Decode.")],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The normalized latent, for ExVideo Decode.")],
         )
 
     @classmethod
@@ -51,36 +51,38 @@ class ExVideoNormalizeLatent(io.ComfyNode):
 
 
 def decoder_inputs() -> list[io.Input]:
-    """Inputs of the nodes that decode: VAE, latent, and how it is cut along time."""
+    """Inputs shared by the decoding nodes: the VAE, the latent, and how it is split along time."""
     return [
         io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
-        io.Latent.Input("latent", tooltip="The clip to decode."),
+        io.Latent.Input("latent", tooltip="The latent to decode."),
         io.Int.Input(
             "chunk_frames",
             default=24,
             min=1,
             max=1024,
-            tooltip="Frames decoded at once. More need more memory and see more of their neighbours.",
+            tooltip="Number of frames decoded together, as one segment. Higher values use more memory, and each "
+            "frame sees more of its neighbors.",
         ),
         io.Int.Input(
             "overlap_frames",
             default=12,
             min=0,
             max=1023,
-            tooltip="Frames that neighbouring chunks share and blend. Has to be smaller than chunk_frames.",
+            tooltip="Number of frames that neighboring segments share and blend. Must be smaller than chunk_frames.",
         ),
     ]
 
 
 def blend_input() -> io.Input:
-    """Last input of the nodes that decode."""
+    """The last input of the decoding nodes."""
     return io.Combo.Input(
         "blend",
         options=list(BLENDS),
         default="smooth",
         optional=True,
-        tooltip="smooth: the outer third of an overlap is left out, and the rest fades, so that no seam shows. linear: "
-        "the reference's, with 8 frames and an overlap of 4.",
+        tooltip="How overlapping segments are blended. smooth: drops the outer third of the overlap and crossfades "
+        "the rest, so that no seam is visible. linear: the reference's method, which it uses with 8 frames and an "
+        "overlap of 4.",
     )
 
 
@@ -91,10 +93,10 @@ class ExVideoDecode(io.ComfyNode):
             node_id="ExVideoDecode",
             display_name="ExVideo Decode",
             category="ExVideo",
-            description="Decodes a clip in overlapping chunks of frames and blends them, so that no seam shows between "
-            "chunks and memory does not grow with them.",
+            description="Decodes a video in overlapping segments and blends them. No seams are visible, and the "
+            "memory used for decoding does not grow with the length of the video.",
             inputs=[*decoder_inputs(), blend_input()],
-            outputs=[io.Image.Output(display_name="image", tooltip="The frames of the clip.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The frames of the video.")],
         )
 
     @classmethod

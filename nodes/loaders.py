@@ -1,4 +1,4 @@
-"""Nodes that load files."""
+"""Nodes that load model files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class ExVideoCheckpointLoader(io.ComfyNode):
             node_id="ExVideoCheckpointLoader",
             display_name="Load SVD Checkpoint (ExVideo)",
             category="ExVideo/loaders",
-            description="Loads a Stable Video Diffusion checkpoint of any width. For svd_xt the result is that of "
-            "Load Checkpoint Image Only.",
+            description="Loads a Stable Video Diffusion checkpoint of any width. For svd_xt, the result is the same "
+            "as with Load Checkpoint Image Only.",
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
                     options=checkpoint_names(),
-                    tooltip="An SVD checkpoint (.safetensors) in models/checkpoints, such as svd_xt.safetensors; "
-                    "or exvideo_small.safetensors, a small model of moving shapes that comes with this pack.",
+                    tooltip="An SVD checkpoint (.safetensors) in models/checkpoints, such as svd_xt.safetensors. "
+                    "exvideo_small.safetensors, included with this pack, is a small model of moving shapes.",
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The SVD diffusion model."),
                 io.ClipVision.Output(display_name="clip_vision", tooltip="The image encoder in the checkpoint."),
-                io.Vae.Output(display_name="vae", tooltip="The VAE with SVD's temporal decoder."),
+                io.Vae.Output(display_name="vae", tooltip="The VAE, with SVD's temporal decoder."),
             ],
         )
 
@@ -51,13 +51,13 @@ class ExVideoLoader(io.ComfyNode):
             node_id="ExVideoLoader",
             display_name="Load ExVideo Extension",
             category="ExVideo/loaders",
-            description="Loads and checks an ExVideo extension, such as ExVideo-SVD-128f-v1.",
+            description="Loads and validates an ExVideo extension, such as ExVideo-SVD-128f-v1.",
             inputs=[
                 io.Combo.Input(
                     "extension_name",
                     options=folder_paths.get_filename_list(KEY),
-                    tooltip="An ExVideo extension (.safetensors) in models/exvideo; or exvideo_small_128f.safetensors, "
-                    "the one for the small model that comes with this pack.",
+                    tooltip="An ExVideo extension (.safetensors) in models/exvideo. exvideo_small_128f.safetensors, "
+                    "included with this pack, is for exvideo_small.",
                 ),
             ],
             outputs=[

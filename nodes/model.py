@@ -23,11 +23,13 @@ class ExVideoApply(io.ComfyNode):
             node_id="ExVideoApply",
             display_name="ExVideo Apply",
             category="ExVideo",
-            description="Applies an ExVideo extension to an SVD model, so that it makes clips as long as the "
-            "extension was trained for (128 frames for ExVideo-SVD-128f-v1).",
+            description="Applies an ExVideo extension to an SVD model, so that it can generate as many frames as the "
+            "extension was trained for (128 for ExVideo-SVD-128f-v1).",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="An SVD model of the extension's widths; LoRAs may come before or after."
+                    "model",
+                    tooltip="An SVD model with the same widths as the extension. You can apply LoRAs before "
+                    "or after this node.",
                 ),
                 ExtensionSocket.Input("extension", tooltip="The extension, from Load ExVideo Extension."),
                 io.Float.Input(
@@ -36,20 +38,22 @@ class ExVideoApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="0 is the model without the extension, 1 the extension as trained. Weights, positions and "
-                    "convolution move together.",
+                    tooltip="Strength of the extension: 0 is the base model, 1 the extension as trained. Scales "
+                    "weights, positions and convolution together.",
                 ),
                 io.Combo.Input(
                     "positions",
                     options=list(POSITION_MODES),
                     default="trained",
-                    tooltip="How the trained frame positions serve the clip. trained: its first frames, up to the "
-                    "trained length. stretch: all of them, resampled to the clip. repeat: past the last, back and "
-                    "forth.",
+                    tooltip="How the trained frame positions are assigned to frames. trained: in order, up to the "
+                    "trained length. stretch: all positions, resampled to the length of the video. repeat: in order, "
+                    "then back and forth past the last one.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A patched clone; the input model stays as it was.")
+                io.Model.Output(
+                    display_name="model", tooltip="A patched copy of the model. The input model is not changed."
+                )
             ],
         )
 
@@ -70,8 +74,9 @@ class ExVideoMemory(io.ComfyNode):
             node_id="ExVideoMemory",
             display_name="ExVideo Memory",
             category="ExVideo/advanced",
-            description="Sets by hand how a model with an extension is computed in chunks. The result stays the same; "
-            "without this node the chunks follow the size of the card.",
+            description="Manual control of the memory chunk size and of keeping skip connections in RAM, for models "
+            "with an ExVideo extension. The result does not change. Without this node, the chunk size depends on the "
+            "GPU's memory size.",
             inputs=[
                 io.Model.Input("model", tooltip="The model from ExVideo Apply."),
                 io.Int.Input(
@@ -79,18 +84,22 @@ class ExVideoMemory(io.ComfyNode):
                     default=0,
                     min=0,
                     max=65536,
-                    tooltip="Size of a chunk's largest tensor. Smaller needs less memory and is slower on a GPU. 0 "
-                    "follows the size of the card: 128 up to 10 GB, 256 up to 20 GB, 512 above; 32 on a CPU.",
+                    tooltip="Size of the largest tensor in a chunk. Lower values use less memory, but are slower on "
+                    "a GPU. 0 chooses the size by GPU memory: 128 up to 10 GB, 256 up to 20 GB, 512 above; 32 on a "
+                    "CPU.",
                 ),
                 io.Boolean.Input(
                     "offload_skips",
                     default=False,
-                    tooltip="Keep the UNet's skip tensors in RAM between its two halves, copied while it computes. "
-                    "Saves 40 % of the memory or more.",
+                    tooltip="Keep the UNet's skip connections in RAM between its two halves, copying them while it "
+                    "computes. Saves 40% of the memory or more.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A clone with these settings; the input stays as it was.")
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="A copy of the model with these settings. The input model is not changed.",
+                )
             ],
         )
 

@@ -1,4 +1,4 @@
-"""Nodes for looking: at an extension, at a denoising, at two clips."""
+"""Nodes that visualize extensions and denoising, and compare videos."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class ExVideoPlot(io.ComfyNode):
             node_id="ExVideoPlot",
             display_name="ExVideo Plot Extension",
             category="ExVideo/pictures",
-            description="Draws an extension: the frame positions it has learned, how alike its frames are to each "
-            "other, and how far each of its blocks has moved from where post-tuning began.",
+            description="Plots an extension: the frame positions it has learned, how similar frames look to it, and "
+            "how far post-tuning has moved each block.",
             inputs=[
-                ExtensionSocket.Input("extension", tooltip="The extension to look at."),
+                ExtensionSocket.Input("extension", tooltip="The extension to plot."),
                 io.Int.Input(
                     "block",
                     default=1,
                     min=1,
                     max=16,
-                    tooltip="The block whose positions are drawn: 1 to 6 on the way down, 7 in the middle, 8 to 16 on "
-                    "the way up.",
+                    tooltip="Block whose positions are plotted: 1 to 6 are in the UNet's input half, 7 is the middle "
+                    "block, 8 to 16 are in the output half.",
                 ),
                 io.Model.Input(
                     "base",
                     optional=True,
-                    tooltip="The SVD model that the extension extends, from its checkpoint. With it, the distance of "
-                    "the tuned weights is drawn too.",
+                    tooltip="The SVD model that the extension was made for, straight from its checkpoint. Connect it "
+                    "to plot the distance of the tuned weights as well.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The picture, which the node shows too.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The plot, also shown on the node.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
@@ -67,23 +67,25 @@ class ExVideoRecord(io.ComfyNode):
             node_id="ExVideoRecord",
             display_name="ExVideo Record Denoising",
             category="ExVideo/pictures",
-            description="Keeps what a sampler takes the finished clip to be at some of its steps, for ExVideo Contact "
-            "Sheet. The result of sampling stays the same.",
+            description="Records the sampler's prediction of the finished video at some of its steps, for ExVideo "
+            "Contact Sheet. The sampling result does not change.",
             inputs=[
-                io.Model.Input("model", tooltip="The model for the sampler: the last of the nodes that change it."),
+                io.Model.Input("model", tooltip="The model for the sampler, after all other nodes that patch it."),
                 io.Int.Input(
                     "steps",
                     default=4,
                     min=1,
                     max=64,
-                    tooltip="How many steps to keep, evenly, the last one among them.",
+                    tooltip="Number of steps to record, evenly spaced and including the last one.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A clone that records; the input stays as it was."),
+                io.Model.Output(
+                    display_name="model", tooltip="A copy of the model that records. The input model is not changed."
+                ),
                 RecordingSocket.Output(
                     display_name="recording",
-                    tooltip="For ExVideo Contact Sheet: the sampler's runs with this model.",
+                    tooltip="The recorded sampler runs with this model, for ExVideo Contact Sheet.",
                 ),
             ],
         )
@@ -103,28 +105,28 @@ class ExVideoContactSheet(io.ComfyNode):
             node_id="ExVideoContactSheet",
             display_name="ExVideo Contact Sheet",
             category="ExVideo/pictures",
-            description="Lays frames of a clip out on one picture; with a recording, a row for each recorded step of "
-            "its denoising above them.",
+            description="Arranges frames of a video on one image. If you connect a recording, each recorded "
+            "denoising step becomes a row above them.",
             inputs=[
                 io.Vae.Input("vae", tooltip="The VAE of the SVD checkpoint."),
-                io.Latent.Input("latent", tooltip="The clip, from the sampler."),
+                io.Latent.Input("latent", tooltip="The latent of the video, from the sampler."),
                 io.Int.Input(
                     "frames",
                     default=8,
                     min=1,
                     max=64,
-                    tooltip="Frames in a row, evenly from the clip's first to its last.",
+                    tooltip="Frames per row, evenly spaced from the first frame to the last.",
                 ),
                 io.Int.Input(
-                    "edge", default=128, min=16, max=1024, tooltip="Longest side of a frame on the sheet, in pixels."
+                    "edge", default=128, min=16, max=1024, tooltip="Longest side of each frame on the sheet, in pixels."
                 ),
                 RecordingSocket.Input(
                     "recording",
                     optional=True,
-                    tooltip="From ExVideo Record Denoising, whose model made this clip.",
+                    tooltip="From the ExVideo Record Denoising node whose model generated this video.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The sheet, which the node shows too.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The contact sheet, also shown on the node.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
@@ -147,22 +149,32 @@ class ExVideoCompare(io.ComfyNode):
             node_id="ExVideoCompare",
             display_name="ExVideo Compare",
             category="ExVideo/pictures",
-            description="Puts two clips into one, frame by frame: the base beside the extension, two strengths, two "
-            "ways of going past the trained length. The shorter one stands still at its end.",
+            description="Combines two videos into one, side by side or one above the other. Compare, for example, "
+            "the base model with the extension, two strengths, or two ways to go past the trained length. The "
+            "shorter video freezes on its last frame.",
             inputs=[
-                io.Image.Input("first", tooltip="A clip."),
-                io.Image.Input("second", tooltip="Another, of any length; it is scaled to fit the first."),
+                io.Image.Input("first", tooltip="The first video."),
+                io.Image.Input("second", tooltip="The second video, of any length. It is resized to fit the first."),
                 io.Combo.Input(
-                    "direction", options=list(DIRECTIONS), default=DIRECTIONS[0], tooltip="Where the second is put."
+                    "direction",
+                    options=list(DIRECTIONS),
+                    default=DIRECTIONS[0],
+                    tooltip="How the two videos are arranged.",
                 ),
                 io.String.Input(
-                    "first_label", default="", optional=True, tooltip="Written above the first; empty for none."
+                    "first_label",
+                    default="",
+                    optional=True,
+                    tooltip="Label above the first video. Leave empty for none.",
                 ),
                 io.String.Input(
-                    "second_label", default="", optional=True, tooltip="Written above the second; empty for none."
+                    "second_label",
+                    default="",
+                    optional=True,
+                    tooltip="Label above the second video. Leave empty for none.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The frames of both, for Create Video.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The combined frames, for Create Video.")],
         )
 
     @classmethod
@@ -179,9 +191,9 @@ class ExVideoCompare(io.ComfyNode):
         return io.NodeOutput(stack_clips(first, second, (first_label, second_label), direction))
 
 
-def _as_image(picture: Any) -> torch.Tensor:  # noqa: ANN401 - Pillow's, which is not imported at start-up
-    """A picture as ComfyUI's IMAGE, [1, H, W, 3] in 0..1."""
+def _as_image(image: Any) -> torch.Tensor:  # noqa: ANN401 - a Pillow image; Pillow is not imported at startup
+    """A Pillow image as ComfyUI's IMAGE, [1, H, W, 3] in 0..1."""
     import numpy as np
     import torch
 
-    return torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]
+    return torch.from_numpy(np.asarray(image, np.float32) / 255)[None]

@@ -1,4 +1,4 @@
-"""Nodes that make extension files."""
+"""Nodes that create and save extensions."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class ExVideoInit(io.ComfyNode):
             node_id="ExVideoInit",
             display_name="Create ExVideo Extension",
             category="ExVideo/post-tuning",
-            description="Makes an untrained extension for an SVD model: the model's own temporal weights, sinusoidal "
-            "positions and an identity convolution. It is the start of post-tuning; before it is trained, it does not "
-            "make longer clips good.",
+            description="Creates an untrained extension for an SVD model, as the starting point for post-tuning. It "
+            "consists of the model's own temporal weights, sinusoidal positions and an identity convolution. It does "
+            "not improve longer videos until it is trained.",
             inputs=[
-                io.Model.Input("model", tooltip="The SVD model to extend, as it comes from its checkpoint."),
+                io.Model.Input("model", tooltip="The SVD model to extend, straight from its checkpoint."),
                 io.Int.Input(
                     "frames",
                     default=128,
                     min=1,
                     max=MAX_FRAMES,
-                    tooltip="Frames that the extension is to be trained for.",
+                    tooltip="Number of frames that the extension will be trained for.",
                 ),
             ],
             outputs=[
@@ -59,22 +59,22 @@ class ExVideoSave(io.ComfyNode):
             node_id="ExVideoSave",
             display_name="Save ExVideo Extension",
             category="ExVideo/post-tuning",
-            description="Writes an extension to the output folder, in the layout of the published one.",
+            description="Saves an extension to the output folder, in the format of the published one.",
             inputs=[
-                ExtensionSocket.Input("extension", tooltip="The extension to write."),
+                ExtensionSocket.Input("extension", tooltip="The extension to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="exvideo/ExVideo",
-                    tooltip="Folder and beginning of the file's name, in the output folder. A number is added.",
+                    tooltip="Subfolder and file name prefix, within the output folder. A number is appended.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=["fp16", "bf16", "fp32"],
                     default="fp16",
-                    tooltip="Type of the stored numbers. fp16 is the published extension's.",
+                    tooltip="Data type of the saved weights. The published extension uses fp16.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            outputs=[io.String.Output(display_name="path", tooltip="Path of the saved file.")],
             is_output_node=True,
         )
 

@@ -1,4 +1,4 @@
-"""A node that decodes straight into a video file."""
+"""The node that decodes straight into a video file."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ExVideoSaveVideo(io.ComfyNode):
             node_id="ExVideoSaveVideo",
             display_name="ExVideo Decode and Save Video",
             category="ExVideo",
-            description="Decodes a clip straight into a video file, chunk by chunk: however long it is, its frames "
-            "never lie in memory together. The pictures are those of ExVideo Decode.",
+            description="Decodes a latent straight into a video file, segment by segment, without ever holding all "
+            "frames in memory. The images are the same as those of ExVideo Decode.",
             inputs=[
                 *decoder_inputs(),
                 io.MultiType.Input(
@@ -38,7 +38,7 @@ class ExVideoSaveVideo(io.ComfyNode):
                         max=FPS[1],
                         step=0.001,
                         tooltip="Frames per second of the video. 23.976, 29.97 and 59.94 are written as the exact "
-                        "rates of television, 24000/1001 and so on.",
+                        "broadcast rates (24000/1001 and so on).",
                     ),
                     [io.Int],
                 ),
@@ -46,19 +46,20 @@ class ExVideoSaveVideo(io.ComfyNode):
                     "codec",
                     options=list(CODECS),
                     default="h264",
-                    tooltip="h264 plays everywhere; h265 and vp9 are smaller; ffv1 keeps every pixel as it is.",
+                    tooltip="Video codec. h264 plays everywhere, h265 and vp9 produce smaller files, ffv1 is lossless.",
                 ),
                 io.Int.Input(
                     "quality",
                     default=17,
                     min=0,
                     max=51,
-                    tooltip="Constant rate factor: lower is better and larger. ffv1 does not use it.",
+                    tooltip="Constant rate factor (CRF). Lower values give better quality and larger files. ffv1 "
+                    "ignores it.",
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="video/ExVideo",
-                    tooltip="Where in the output folder, and how the file's name begins.",
+                    tooltip="Subfolder and file name prefix, within the output folder.",
                 ),
                 blend_input(),
             ],
@@ -106,7 +107,7 @@ class ExVideoSaveVideo(io.ComfyNode):
 
     @classmethod
     def _metadata(cls) -> dict[str, str]:
-        """The graph, as the host's own nodes store it, unless the user has switched that off."""
+        """The workflow, stored as ComfyUI's own nodes do, unless the user has turned metadata off."""
         from comfy.cli_args import args
 
         if args.disable_metadata:

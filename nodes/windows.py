@@ -1,4 +1,4 @@
-"""Nodes that sample what is longer or larger than the model is made for, or than memory holds."""
+"""Nodes for sampling videos that are longer or larger than the model or the memory allows."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class ExVideoWindows(io.ComfyNode):
             node_id="ExVideoWindows",
             display_name="ExVideo Windows",
             category="ExVideo",
-            description="Samples clips longer than the model was trained for, in windows of frames that overlap. "
-            "Memory is that of one window however long the clip is. A clip no longer than a window is sampled as "
-            "without this node.",
+            description="Samples videos longer than the model was trained for, in overlapping windows of frames. "
+            "Memory use is that of one window, however long the video is. A video that fits into one window is "
+            "sampled as usual.",
             inputs=[
-                io.Model.Input("model", tooltip="An SVD model, from ExVideo Apply or as it is."),
+                io.Model.Input("model", tooltip="An SVD model, with or without an ExVideo extension."),
                 io.Int.Input(
                     "window_frames",
                     default=128,
                     min=2,
                     max=MAX_FRAMES,
-                    tooltip="Frames of a window: as many as the model was trained for (25 for svd_xt without an "
+                    tooltip="Frames per window. Use as many as the model was trained for (25 for svd_xt without an "
                     "extension).",
                 ),
                 io.Int.Input(
@@ -39,40 +39,44 @@ class ExVideoWindows(io.ComfyNode):
                     default=32,
                     min=1,
                     max=MAX_FRAMES - 1,
-                    tooltip="Frames that neighbouring windows share. More of them hold a window closer to the one "
-                    "before, and take longer.",
+                    tooltip="Frames that neighboring windows share. Higher values keep each window closer to the "
+                    "previous one, but take longer.",
                 ),
                 io.Combo.Input(
                     "fuse",
                     options=list(FUSES),
                     default="sequential",
-                    tooltip="sequential: one window is finished after the other, each held to what the one before has "
-                    "made. The others denoise all windows at every step and average them: with weights that rise to a "
-                    "window's middle (pyramid), that fade over the overlap (overlap-linear), or all alike (flat).",
+                    tooltip="How windows are combined. sequential: finishes one window before starting the next, "
+                    "which continues it. The other methods denoise all windows at every step and average them, with "
+                    "weights that rise toward the middle of a window (pyramid), fade across the overlap "
+                    "(overlap-linear), or are all equal (flat).",
                 ),
                 io.Boolean.Input(
                     "freenoise",
                     default=False,
-                    tooltip="Later windows begin from the noise of earlier ones, shuffled (FreeNoise), so that they "
-                    "come out more alike.",
+                    tooltip="Start later windows from the shuffled noise of earlier ones (FreeNoise), so that they "
+                    "turn out more alike.",
                 ),
                 io.Combo.Input(
                     "anchor",
                     options=list(ANCHORS),
                     default="window start",
                     optional=True,
-                    tooltip="The picture that windows past the first begin with. window start: the frame that is "
-                    "there. first picture: the clip's own first one. none: no picture, only the overlap holds them.",
+                    tooltip="Image that the windows after the first are conditioned on. window start: the frame at "
+                    "the start of the window. first picture: the first frame of the video. none: no image; only the "
+                    "overlap connects the windows.",
                 ),
                 io.Boolean.Input(
                     "closed_loop",
                     default=False,
                     optional=True,
-                    tooltip="The clip's end goes over into its beginning, for videos that repeat without a cut.",
+                    tooltip="Make the end of the video lead back into its beginning, for seamless loops.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A clone that samples so; the input stays as it was.")
+                io.Model.Output(
+                    display_name="model", tooltip="A patched copy of the model. The input model is not changed."
+                )
             ],
         )
 
@@ -101,16 +105,16 @@ class ExVideoTiles(io.ComfyNode):
             node_id="ExVideoTiles",
             display_name="ExVideo Tiles",
             category="ExVideo/advanced",
-            description="Denoises large pictures in overlapping tiles, blended at every step. For the second pass of a "
-            "finished clip at a size that memory does not hold at once; at full denoise each tile would make a picture "
-            "of its own.",
+            description="Denoises large frames in overlapping tiles, blended at every step. Use it for a second pass "
+            "over a finished video, at a size that does not fit into memory in one piece. At full denoise, each tile "
+            "would generate its own image.",
             inputs=[
-                io.Model.Input("model", tooltip="An SVD model, from ExVideo Apply, ExVideo Windows or as it is."),
+                io.Model.Input("model", tooltip="An SVD model, with or without ExVideo Apply and ExVideo Windows."),
                 io.Int.Input(
-                    "tile_width", default=512, min=128, max=16384, step=64, tooltip="Width of a tile in pixels."
+                    "tile_width", default=512, min=128, max=16384, step=64, tooltip="Width of each tile in pixels."
                 ),
                 io.Int.Input(
-                    "tile_height", default=512, min=128, max=16384, step=64, tooltip="Height of a tile in pixels."
+                    "tile_height", default=512, min=128, max=16384, step=64, tooltip="Height of each tile in pixels."
                 ),
                 io.Int.Input(
                     "overlap",
@@ -118,11 +122,13 @@ class ExVideoTiles(io.ComfyNode):
                     min=0,
                     max=8192,
                     step=8,
-                    tooltip="Pixels that neighbouring tiles share and fade over.",
+                    tooltip="Pixels that neighboring tiles share and blend.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="A clone that samples so; the input stays as it was.")
+                io.Model.Output(
+                    display_name="model", tooltip="A patched copy of the model. The input model is not changed."
+                )
             ],
         )
 
