@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""ExVideo for ComfyUI: try it and test it.
+"""ExVideo for ComfyUI: try it, test it, measure it.
 
-    python run.py demo                     a picture becomes a 128-frame video, in ComfyUI where there is one
-    python run.py test [--tier NAME ...]   the tests, on the newest ComfyUI found; with --all on every one
-    python run.py bench NAME [...]         the figures of benchmarks/ (without a name: a list; --help after it: options)
-    python run.py help                     write the nodes' help pages and README's table anew, after a change of texts
+    python run.py demo                     make a 128-frame video from one image, with ComfyUI if there is one
+    python run.py test [--tier NAME ...]   run the tests on the newest ComfyUI found; --all runs every test on every one
+    python run.py bench NAME [...]         measure (without a name: list the benchmarks; NAME --help: its options)
+    python run.py help                     regenerate the nodes' help pages and README's table after a change of texts
 
-Needs Python and nothing else: what it installs lies in the user's cache folder.
+Needs only Python. Dependencies are installed into the user's cache folder.
 """
 
 from __future__ import annotations
@@ -25,34 +25,33 @@ from runner.environment import UnfitEnvironment, found_python, host_python, own_
 from runner.hosts import PACK, Host, find_hosts, is_host
 
 TIERS = ("unit", "parity", "post_tuning", "host", "card", "browser", "cuda")
-#: The oldest ComfyUI that simulated cards stand for.
+#: The oldest ComfyUI that simulated cards support.
 CARD_HOST = (0, 33)
 HOSTLESS = ("unit", "parity", "post_tuning")
-#: What `bench` measures, by name.
+#: Benchmarks, by name.
 BENCHMARKS = {
-    "cards": "what fits on which card; with --real, seconds and memory on this machine's",
-    "fuzz": "what loaders do with corrupted files",
-    "growth": "time and memory of a call over the number of frames",
-    "length": "clips longer than the trained length",
-    "memory": "activation memory of a call against the reference",
+    "cards": "which sizes fit on which card; with --real, run time and memory on this machine's card",
+    "fuzz": "how the loaders handle corrupted files",
+    "growth": "run time and memory of a call over the number of frames",
+    "length": "videos longer than the trained length",
+    "memory": "activation memory of a call, compared with the reference",
     "method": "what post-tuning does to the small model",
-    "minute": "memory of a server that makes a minute of video",
-    "patches": "memory of a call with other nodes' patches, and what ComfyUI is told of it",
-    "preview": "what moving previews cost",
-    "soak": "hundreds of prompts on one server, cancellations and errors among them",
-    "speed": "time of a call against the reference",
-    "work": "operations and bytes of a call as a GPU gets it, against the reference",
+    "minute": "memory of a server that makes a one-minute video",
+    "patches": "memory of a call with other nodes' patches, compared with the estimate",
+    "preview": "run time of animated previews",
+    "soak": "hundreds of prompts on one server, with cancellations and errors",
+    "speed": "run time of a call, compared with the reference",
+    "work": "operations and bytes of a call on a GPU, compared with the reference",
 }
 HOSTLESS_BENCHMARKS = ("method",)
-#: Those with plots, which are drawn in an environment that has matplotlib.
+#: Benchmarks with plots, which are drawn in an environment that has matplotlib.
 DRAWN = ("growth", "memory")
-HOW = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}  # needed by the tests -> how to get it
-HOW_BROWSER = {"pytest": "pytest", "playwright": "playwright"}
+#: Packages that the tests need -> what to install.
+NEEDED = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}
+NEEDED_BY_BROWSER = {"pytest": "pytest", "playwright": "playwright"}
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-NO_HOST = (
-    "no ComfyUI found. Set COMFYUI_PATH to one, or get it the official way: pip install comfy-cli && comfy install"
-)
-NONE_USABLE = "no ComfyUI can be run: see the lines on those that were found."
+NO_HOST = "no ComfyUI found. Set COMFYUI_PATH to its folder, or install one: pip install comfy-cli && comfy install"
+NONE_USABLE = "none of the ComfyUIs found can run: see the lines above."
 
 
 def main() -> int:
@@ -60,20 +59,20 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("demo", help="make a 128-frame video")
     show.add_argument("--host", type=Path, help="the ComfyUI folder (default: the first one found)")
-    show.add_argument("--standalone", action="store_true", help="without ComfyUI, even where there is one")
-    show.add_argument("--keep", action="store_true", help="leave the server's folder, with its log")
+    show.add_argument("--standalone", action="store_true", help="use diffusers even if there is a ComfyUI")
+    show.add_argument("--keep", action="store_true", help="keep the server's folder and its log")
     test = commands.add_parser("test", help="run the tests")
-    test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given again)")
-    test.add_argument("--all", action="store_true", help="on every ComfyUI found, not on the newest only")
+    test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (can be repeated)")
+    test.add_argument("--all", action="store_true", help="every test, on every ComfyUI and frontend found")
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
-    bench = commands.add_parser("bench", help="make the figures of benchmarks/", add_help=False)
+    bench = commands.add_parser("bench", help="run a benchmark", add_help=False)
     bench.add_argument("name", nargs="?", choices=BENCHMARKS)
-    pages = commands.add_parser("help", help="write the nodes' help pages and README's table")
-    pages.add_argument("--pictures", action="store_true", help="take their pictures anew (needs Chromium)")
+    pages = commands.add_parser("help", help="regenerate the nodes' help pages and README's table")
+    pages.add_argument("--pictures", action="store_true", help="also retake the screenshots (needs Chromium)")
     options, rest = parser.parse_known_args()
     if rest and options.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if sys.version_info < (3, 10):  # noqa: UP036 - says so where it is older
+    if sys.version_info < (3, 10):  # noqa: UP036 - a clear message for older ones
         print(f"run.py needs Python 3.10 or newer; this is {sys.version.split()[0]}.", file=sys.stderr)
         return 1
     try:
@@ -83,7 +82,7 @@ def main() -> int:
             return benchmark(options.name, rest)
         if options.command == "help":
             return write_help(options.pictures)
-        return run_tests(tuple(options.tier or TIERS), options.pytest, every_host=options.all)
+        return run_tests(tuple(options.tier or TIERS), options.pytest, everything=options.all)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
         return 1
@@ -93,14 +92,14 @@ def main() -> int:
 
 def demo(folder: Path | None = None, standalone: bool = False, keep: bool = False) -> int:
     if folder is not None and not is_host(folder):
-        print(f"{folder} is no ComfyUI folder (no main.py in it).", file=sys.stderr)
+        print(f"{folder} is not a ComfyUI folder: it has no main.py.", file=sys.stderr)
         return 1
     hosts, skipped = usable([Host(folder.resolve())] if folder is not None else find_hosts())
     if folder is not None and not hosts:
         return 1
     if standalone or not hosts:
-        why = "as asked" if standalone else _no_host(skipped)
-        print(f"ComfyUI is not used ({why}): diffusers makes the video, from the same model.", flush=True)
+        why = "--standalone" if standalone else _no_host(skipped)
+        print(f"Using diffusers instead of ComfyUI ({why}). The model is the same.", flush=True)
         return _python(own_python(), "-m", "runner.demo_standalone").returncode
     host = hosts[0]
     arguments = ["--host", str(host.path), *(["--keep"] if keep else [])]
@@ -124,7 +123,7 @@ def benchmark(name: str | None, arguments: list[str]) -> int:
 
 
 def usable(hosts: list[Host]) -> tuple[list[Host], list[str]]:
-    """Those of the ComfyUIs that can be started, and a line, which is printed too, for each that cannot."""
+    """The ComfyUIs that can be started, and a line, which is also printed, for each that cannot."""
     fit, lines = [], []
     for host in hosts:
         try:
@@ -138,26 +137,26 @@ def usable(hosts: list[Host]) -> tuple[list[Host], list[str]]:
 
 
 def _no_host(skipped: list[str]) -> str:
-    """Why there is no ComfyUI to use."""
+    """Why no ComfyUI can be used."""
     return NONE_USABLE if skipped else NO_HOST
 
 
 def write_help(pictures: bool = False) -> int:
     hosts, skipped = usable(find_hosts())
     if not hosts:
-        print(f"help needs a ComfyUI, which knows the nodes' inputs: {_no_host(skipped)}", file=sys.stderr)
+        print(f"help reads the nodes' inputs from a ComfyUI: {_no_host(skipped)}", file=sys.stderr)
         return 1
     modules = [*(["runner.help_pictures"] if pictures else []), "runner.help_pages"]
     return max(_python(host_python(hosts[0]), "-m", module, host=hosts[0]).returncode for module in modules)
 
 
-def run_tests(tiers: tuple[str, ...], extra: list[str], every_host: bool = False) -> int:
+def run_tests(tiers: tuple[str, ...], extra: list[str], everything: bool = False) -> int:
     hosts, skipped = usable(find_hosts())
     lines = [*skipped]
-    if not every_host and len(hosts) > 1:
+    if not everything and len(hosts) > 1:
         older = ", ".join(host.version for host in hosts[1:])
         hosts = hosts[:1]
-        lines.append(f"Only on ComfyUI {hosts[0].version}. To test {older} too: python run.py test --all")
+        lines.append(f"Tested on ComfyUI {hosts[0].version} only. To include {older}: python run.py test --all")
     counts = {"passed": 0, "failed": 0, "skipped": len(skipped)}
     failed = False
     for tier in (tier for tier in TIERS if tier in tiers):
@@ -170,7 +169,7 @@ def run_tests(tiers: tuple[str, ...], extra: list[str], every_host: bool = False
         elif tier == "browser" and chromium() is None:
             lines.append(
                 "SKIPPED tier browser: no Chromium found. Install one (Debian: apt install chromium), or set "
-                "EXVIDEO_CHROMIUM to it."
+                "EXVIDEO_CHROMIUM to its path."
             )
             counts["skipped"] += 1
             continue
@@ -191,13 +190,13 @@ def run_tests(tiers: tuple[str, ...], extra: list[str], every_host: bool = False
                 continue
             print(f"\n=== tier {name} ===", flush=True)
             python = find_python()
-            needed = HOW_BROWSER if tier == "browser" else HOW
+            needed = NEEDED_BY_BROWSER if tier == "browser" else NEEDED
             if missing := _missing(python, needed):
                 steps = " && ".join(f'"{python}" -m pip install {needed[package]}' for package in missing)
-                lines.append(f"SKIPPED tier {name}: its Python lacks {' and '.join(missing)}. To run it: {steps}")
+                lines.append(f"SKIPPED tier {name}: its Python lacks {' and '.join(missing)}. To install: {steps}")
                 counts["skipped"] += 1
                 continue
-            passed, missed, skipped = _pytest(python, tier, host, extra)
+            passed, missed, skipped = _pytest(python, tier, host, extra, every_test=everything)
             ok = passed > 0 and missed == 0
             failed |= not ok
             for key, number in zip(counts, (passed, missed, skipped), strict=True):
@@ -210,12 +209,13 @@ def run_tests(tiers: tuple[str, ...], extra: list[str], every_host: bool = False
     return int(failed)
 
 
-def _pytest(python: Path, tier: str, host: Host | None, extra: list[str]) -> tuple[int, int, int]:
+def _pytest(python: Path, tier: str, host: Host | None, extra: list[str], every_test: bool) -> tuple[int, int, int]:
     """Run one folder of tests; counts of passed, failed and skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         arguments = ("-m", "pytest", f"tests/{tier}", "-q", "-ra", "--durations=5", "-p", "no:cacheprovider")
-        done = _python(python, *arguments, f"--junitxml={report}", *extra, host=host)
+        chosen = () if every_test else ("-m", "not nightly")
+        done = _python(python, *arguments, *chosen, f"--junitxml={report}", *extra, host=host, every_test=every_test)
         if not report.exists():
             return 0, 1, 0
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
@@ -228,8 +228,12 @@ def _pytest(python: Path, tier: str, host: Host | None, extra: list[str]) -> tup
     return tests - failures - errors - skipped, missed, skipped
 
 
-def _python(python: Path, *arguments: str, host: Host | None = None) -> subprocess.CompletedProcess[bytes]:
+def _python(
+    python: Path, *arguments: str, host: Host | None = None, every_test: bool = False
+) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(PACK), "PYTHONDONTWRITEBYTECODE": "1"}
+    if every_test:
+        environment["EXVIDEO_EVERY_TEST"] = "1"
     if host is not None:
         environment["EXVIDEO_HOST"] = str(host.path)
         environment["EXVIDEO_CHROMIUM"] = chromium() or ""
@@ -237,13 +241,13 @@ def _python(python: Path, *arguments: str, host: Host | None = None) -> subproce
 
 
 def _missing(python: Path, needed: dict[str, str]) -> list[str]:
-    """What an environment lacks for the tests. An install's own environment is the user's: never installed into."""
+    """Packages that an environment lacks for the tests. Nothing is installed into a ComfyUI's own environment."""
     code = f"import importlib.util as u; print(*[n for n in {tuple(needed)} if not u.find_spec(n)])"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 def chromium() -> str | None:
-    """A Chromium or Chrome of this machine: no test downloads one."""
+    """The path of a Chromium or Chrome on this machine; no test downloads one."""
     named = os.environ.get("EXVIDEO_CHROMIUM")
     return named or next((found for name in CHROMIUM if (found := shutil.which(name))), None)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get("EXVIDEO_RESULTS") or Path(__file__).resolve().parent / "results")
 
 
 def machine() -> str:

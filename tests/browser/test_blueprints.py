@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.nightly
+
 LONG_VIDEO = "Image to Long Video (ExVideo)"
 SAMPLER, CONDITIONING = "KSampler", "ExVideoConditioning"
 LOADERS = {

@@ -11,6 +11,8 @@ from runner.hosts import PACK
 
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+#: All but the tests that tell within a minute whether the pack works in the frontend at all.
+nightly = pytest.mark.nightly
 
 
 def graph(name: str) -> list[str]:
@@ -32,7 +34,9 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(app) -> None
     assert seen == set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "exvideo_quickstart" else nightly) for name in NAMES]
+)
 def test_a_template_loads_with_nothing_missing(app, name: str) -> None:
     app.load_template(name)
     assert sorted(app.nodes()) == graph(name)
@@ -76,6 +80,7 @@ def test_a_nodes_help_page_opens(app) -> None:
     app.shot("help")
 
 
+@nightly
 def test_pictures_show_in_their_nodes(app) -> None:
     app.load_template("exvideo_compare")
     app.set("ExVideoConditioning", frames=48)
@@ -100,6 +105,7 @@ def chinese(app):
     app.page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
 
 
+@nightly
 def test_help_speaks_chinese_where_the_frontend_does(chinese) -> None:
     chinese.drop("mine.json", (FOLDER / "exvideo_quickstart.json").read_bytes(), "application/json")
     chinese.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoConditioning')")
@@ -109,6 +115,7 @@ def test_help_speaks_chinese_where_the_frontend_does(chinese) -> None:
     chinese.shot("help_chinese")
 
 
+@nightly
 def test_nodes_speak_chinese_where_the_frontend_does(chinese) -> None:
     chinese.drop("mine.json", (FOLDER / "exvideo_long_video.json").read_bytes(), "application/json")
     chinese.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoWindows')")
@@ -134,6 +141,7 @@ def test_a_failed_run_names_its_node_and_says_what_to_do(app) -> None:
     app.shot("error")
 
 
+@nightly
 def test_a_workflow_file_is_dropped_on_the_canvas(app) -> None:
     app.drop("mine.json", (FOLDER / "exvideo_long_video.json").read_bytes(), "application/json")
     app.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoWindows')")
@@ -141,6 +149,7 @@ def test_a_workflow_file_is_dropped_on_the_canvas(app) -> None:
     assert app.missing() == []
 
 
+@nightly
 def test_a_saved_video_is_dropped_on_the_canvas_and_gives_its_graph_back(app, server) -> None:
     app.load_template("exvideo_long_video")
     app.set("ExVideoConditioning", width=64, height=64, frames=24)
