@@ -22,6 +22,7 @@ from . import report
 from .method_measures import interval
 
 STEPS = 8
+WINDOW, OVERLAP = 128, 32  # the defaults of ExVideo Windows
 FADE = 3  # of the held frames of a continued clip
 _NEAR_WALL = 0.01
 
@@ -77,7 +78,7 @@ class Maker:
         )  # fmt: skip
         model = apply_extension(self.model, self.extension, 1.0, row.positions)
         if row.windows is not None:
-            model = with_windows(model, WindowSettings(**row.windows))
+            model = with_windows(model, WindowSettings(WINDOW, OVERLAP, **row.windows))
         latent = {"samples": torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)}
         if held is not None:
             latent = set_keyframes(self.vae, latent, torch.from_numpy(held), list(range(len(held))), FADE)
@@ -150,7 +151,7 @@ def _write_joints(maker: Maker, clips: int) -> None:
 def _borders(frames: int) -> list[int]:
     from exvideo_core.comfyui.sampling.windows import WindowSettings
 
-    windows = WindowSettings().split(frames)
+    windows = WindowSettings(WINDOW, OVERLAP).split(frames)
     return [found[0] for found in windows[1:]] + [found[-1] + 1 for found in windows[:-1]]
 
 

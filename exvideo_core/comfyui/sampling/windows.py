@@ -51,8 +51,8 @@ class WindowSettings:
         closed_loop: the video's end leads back to its beginning.
     """
 
-    frames: int = 128
-    overlap: int = 32
+    frames: int
+    overlap: int
     fuse: Fuse = "sequential"
     anchor: Anchor = "window start"
     freenoise: bool = False
