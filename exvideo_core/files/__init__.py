@@ -1,1 +1,1 @@
-"""Reading and writing files: safetensors headers, and output that is written whole or not at all."""
+"""Safetensors headers, and output files that are written atomically."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what to do where the disk refuses them."""
+"""Writes output files atomically, and explains disk errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _FORBIDDEN = (
     f"Give the user that runs ComfyUI write access, {_ANOTHER_FOLDER}.",
 )
 _IN_THE_WAY = ("a folder has this name, or a file has its folder's name", "Choose another filename_prefix.")
-_HELD = (
+_IN_USE = (
     "a file with this name is open in another program or write-protected",
     "Close that program or choose another filename_prefix, then queue the workflow again.",
 )
-#: What is wrong and what to do, by the numbers of errors.
+#: Problem and remedy by error number.
 _REASONS = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -41,7 +41,7 @@ _REASONS = {
 
 
 class OutputFileError(OSError):
-    """A file cannot be written: the message names the file, what is wrong and what to do."""
+    """A file cannot be written. The message names the file, the problem and the remedy."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str, remedy: str) -> None:
         super().__init__(f"'{os.fspath(path)}' cannot be written: {problem}. {remedy}")
@@ -49,31 +49,31 @@ class OutputFileError(OSError):
 
 @contextlib.contextmanager
 def explain_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of a disk's refusal within the block which file it concerns, and what to do. Other errors pass.
+    """Turn disk errors raised within this context into `OutputFileError`. Other errors pass through.
 
     Raises:
-        OutputFileError: the disk refused.
+        OutputFileError: the file could not be written.
     """
     try:
         yield
     except OutputFileError:
         raise
-    except OSError as error:  # FFmpeg's are among them where they are of a disk
+    except OSError as error:  # includes FFmpeg's disk errors
         if error.errno not in _REASONS:
             raise
         raise OutputFileError(path, *_REASONS[error.errno]) from error
 
 
 def begin(path: Path) -> Path:
-    """Make the folder of a file, and the part of it that is written first, still empty.
+    """Create an empty temporary file next to `path`, and its folder.
 
-    What makes a file cost minutes is computed after this: a folder that cannot be written to is found before.
+    Call this before minutes of computation, to find out early if the folder cannot be written to.
 
     Returns:
-        The part, for `finish` or `discard`.
+        Path of the temporary file, for `finish` or `discard`.
 
     Raises:
-        OutputFileError: there can be no file of this name.
+        OutputFileError: a file of this name cannot be created.
     """
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     with explain_errors(path):
@@ -85,22 +85,22 @@ def begin(path: Path) -> Path:
 
 
 def finish(part: Path, path: Path) -> None:
-    """Give a finished part its name, in place of what had it.
+    """Move a finished temporary file to `path`, replacing an existing file.
 
     Raises:
-        OutputFileError: another program holds a file of that name, or a folder has it.
+        OutputFileError: another program has the existing file open, or a folder has this name.
     """
     try:
         with explain_errors(path):
             os.replace(part, path)
     except OutputFileError as error:
-        # Windows refuses to replace a file that is open; the folder itself has just been written to.
+        # The folder is writable, since `part` is in it. Windows does not replace files that are open.
         if isinstance(error.__cause__, PermissionError) and path.is_file():
-            raise OutputFileError(path, *_HELD) from error.__cause__
+            raise OutputFileError(path, *_IN_USE) from error.__cause__
         raise
 
 
 def discard(part: Path) -> None:
-    """Remove a part if it is still there. Where that fails, what happened before is what is told."""
+    """Remove a temporary file if it still exists. Errors are ignored, so that they do not hide an earlier one."""
     with contextlib.suppress(OSError):
         part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file, and says what a file that is none of them is instead."""
+"""Reads and checks the header of a safetensors file, and recognizes other kinds of files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class ModelFileError(ValueError):
-    """A model file cannot be used: the message names the file, what is wrong and what to do."""
+    """A model file cannot be used. The message names the file, the problem and the remedy."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str, remedy: str) -> None:
         super().__init__(f"'{os.path.basename(path)}' {problem} {remedy}")
@@ -20,7 +20,13 @@ class ModelFileError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """Names, dtypes, shapes and metadata of a file, without its tensors."""
+    """Contents of a file, without its tensors.
+
+    Attributes:
+        shapes: tensor name -> shape.
+        dtypes: tensor name -> dtype, in safetensors' spelling ("F16").
+        metadata: the file's metadata.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -31,7 +37,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check a safetensors header.
 
     Raises:
-        ModelFileError: the file is missing, of another kind, damaged or cut off.
+        ModelFileError: the file is missing, corrupted, truncated, or not a safetensors file.
     """
     again = "Download it again and compare its size to the original's."
     try:
@@ -39,7 +45,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with open(path, "rb") as file:
             start = file.read(64)
             length = int.from_bytes(start[:8], "little")
-            # The format demands that the header opens with a brace: no other kind of file has one there.
+            # The format requires that the header starts with a brace.
             if start[8:9] != b"{" or not 2 <= length <= _MAX_HEADER_BYTES:
                 raise _not_safetensors(path, start)
             if 8 + length > size:
@@ -62,12 +68,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise ModelFileError(path, "has a corrupted safetensors header.", again) from error
     if 8 + length + end > size:
         raise ModelFileError(path, f"is truncated: it has {size:,} of {8 + length + end:,} bytes.", again)
-    _check_as_the_library_does(path, again)
+    _check_with_library(path, again)
     return Header(shapes, dtypes, metadata)
 
 
-def _check_as_the_library_does(path: str | os.PathLike[str], again: str) -> None:
-    """Offsets that leave no gap, types that exist, a size that is the tensors': what loading would find later."""
+def _check_with_library(path: str | os.PathLike[str], again: str) -> None:
+    """Check offsets, dtypes and total size, which loading would otherwise reject later."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""The ExVideo extension: the weights of one file, checked."""
+"""The ExVideo extension: loads, checks and saves its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..files.safetensors_header import Header, ModelFileError, read_header
 from . import positions, tensor_names
 from .convolution import identity_convolution
 
-#: What training checkpoints put before the names (longest first).
+#: Name prefixes in training checkpoints, longest first.
 _PREFIXES = ("_forward_module.unet.", "unet.")
 _SOURCE = "Use an ExVideo extension such as ExVideo-SVD-128f-v1 (model.fp16.safetensors)."
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -26,10 +26,10 @@ class BlockWeights:
     """Weights of one extended temporal block of width C.
 
     Attributes:
-        positions: [F, C], one row for each trained frame.
-        conv_weight: [C, C, 3, 3, 3] over (time, height, width).
+        positions: one row per trained frame [F, C].
+        conv_weight: over (time, height, width) [C, C, 3, 3, 3].
         conv_bias: [C].
-        shared: the 30 tensors that the base block has too, by their names under the SVD transformer.
+        shared: the 30 tensors that replace the base's, by their names under the SVD transformer.
     """
 
     positions: torch.Tensor
@@ -40,10 +40,10 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class Extension:
-    """An ExVideo extension. Its tensors are in memory: what happens to the file does not change them.
+    """An ExVideo extension. Its tensors are kept in memory, so it does not depend on the file.
 
     Attributes:
-        name: the file's name, for messages.
+        name: file name, for messages.
         blocks: the 16 blocks, in the order of `tensor_names.SVD_TRANSFORMERS`.
     """
 
@@ -52,7 +52,7 @@ class Extension:
 
     @property
     def frames(self) -> int:
-        """Frames that the extension was trained for."""
+        """Number of frames that the extension was trained for."""
         return self.blocks[0].positions.shape[0]
 
     @property
@@ -62,16 +62,17 @@ class Extension:
 
     @property
     def context_dim(self) -> int:
-        """Width of the image embedding that the blocks read."""
+        """Width of the image embedding that the blocks attend to."""
         return self.blocks[0].shared["time_stack.0.attn2.to_k.weight"].shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.blocks[0].positions.dtype
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Extension:
-        """Arrange tensors that are named and shaped as in `tensor_names.extension_shapes`."""
+        """Build an extension from tensors that are named and shaped as in `tensor_names.extension_shapes`."""
         blocks = []
         for block in tensor_names.BLOCK_IDS:
             prefix = f"blocks.{block}."
@@ -87,9 +88,9 @@ class Extension:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Extension:
-        """Load and check an extension file: fp16, bf16 or fp32, any width, any number of frames.
+        """Load and check an extension file in fp16, bf16 or fp32, of any width and number of frames.
 
-        Names may carry the prefixes of training checkpoints (`unet.`, `_forward_module.unet.`).
+        Names may have the prefixes of training checkpoints (`unet.`, `_forward_module.unet.`).
 
         Raises:
             ModelFileError: the file is not a complete, finite ExVideo extension.
@@ -106,14 +107,14 @@ class Extension:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name, stored in names.items():
-                    tensors[name] = file.get_tensor(stored).clone()  # the tensor itself is mapped from the file
+                    tensors[name] = file.get_tensor(stored).clone()  # the tensor itself is memory-mapped
         except (SafetensorError, OSError) as error:
             raise ModelFileError(path, f"cannot be read: {error}.", "Download it again.") from error
         after = os.stat(path)
         if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
             raise ModelFileError(path, "changed while it was being read.", "Run the workflow again.")
         for name, tensor in tensors.items():
-            # min and max in one pass each find NaN and Inf without a mask the size of the tensor.
+            # Minimum and maximum reveal NaN and infinity without allocating a mask.
             if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
                 raise ModelFileError(
                     path,
@@ -126,19 +127,19 @@ class Extension:
     def untrained(
         cls, shared: Sequence[Mapping[str, torch.Tensor]], widths: Sequence[int], frames: int, base_frames: int = 25
     ) -> Extension:
-        """An extension that changes nothing yet, the start of post-tuning (paper section 3.2).
+        """Create an extension that leaves its base unchanged: the start of post-tuning (paper section 3.2).
 
-        Positions are the base's own sinusoids, past `base_frames` in ping-pong order; the convolution is an
-        identity; the temporal weights are the base's.
+        Positions are the base's sinusoids, continued in ping-pong order after `base_frames`. The convolution is an
+        identity, and the temporal weights are the base's.
 
         Args:
             shared: the base's 30 temporal weights of each of the 16 blocks, by their names under the SVD transformer.
             widths: channels of each block.
-            frames: length to extend to.
-            base_frames: length that the base was trained for.
+            frames: number of frames to extend to.
+            base_frames: number of frames that the base was trained for.
 
         Raises:
-            ValueError: fewer than 1 frame.
+            ValueError: `frames` is less than 1.
         """
         if frames < 1:
             raise ValueError(f"An extension needs at least 1 frame, not {frames}.")
@@ -156,10 +157,10 @@ class Extension:
         return cls("untrained", tuple(blocks))
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """The extension as a file holds it, named and shaped as in `tensor_names.extension_shapes`.
+        """All tensors, named and shaped as in `tensor_names.extension_shapes`.
 
         Args:
-            dtype: convert to this type (default: as they are).
+            dtype: dtype to convert to (default: unchanged).
         """
         found: dict[str, torch.Tensor] = {}
         for block, weights in zip(tensor_names.BLOCK_IDS, self.blocks, strict=True):
@@ -171,11 +172,11 @@ class Extension:
         return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in found.items()}
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
-        """Write the extension in the published format, whole or not at all.
+        """Write the extension in the published format, atomically.
 
         Raises:
-            ValueError: a value is not finite, or too large for the type.
-            OutputFileError: the disk does not take the file.
+            ValueError: a value is not finite or too large for the dtype.
+            OutputFileError: the file cannot be written.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -200,17 +201,17 @@ class Extension:
             discard(part)
 
     def check_fits(self, widths: Sequence[int], context_dim: int) -> None:
-        """Check that the blocks fit a model.
+        """Check that the extension fits a model.
 
         Args:
             widths: channels of the model's 16 transformers.
             context_dim: width of the model's image embedding.
 
         Raises:
-            ValueError: they do not.
+            ValueError: it does not.
         """
         if self.widths != tuple(widths) or self.context_dim != context_dim:
-            ours, theirs = width_runs(self.widths), width_runs(widths)
+            ours, theirs = format_widths(self.widths), format_widths(widths)
             raise ValueError(
                 f"The extension '{self.name}' does not fit this model: it has block widths {ours} and an image "
                 f"embedding of {self.context_dim}, the model has {theirs} and {context_dim}. Load the SVD checkpoint "
@@ -219,17 +220,17 @@ class Extension:
 
 
 def _disk_error(error: Exception) -> Exception:
-    """What the system said when the library could not write a file: it passes that on as text only."""
+    """The operating system's error, which safetensors reports only as text."""
     number = re.search(r"(?:os error|code:) (\d+)", str(error))
     if number is None:
         return error
-    if os.name == "nt":  # the number is Windows' own there, from which Python finds the other
+    if os.name == "nt":  # a Windows error code, from which Python derives errno
         return OSError(0, str(error), None, int(number[1]))
     return OSError(int(number[1]), str(error))
 
 
 def _canonical_names(path: str | os.PathLike[str], header: Header) -> dict[str, str]:
-    """Name without prefix -> name in the file."""
+    """Map names without prefixes to the names in the file."""
     names: dict[str, str] = {}
     for stored in header.shapes:
         name = next((stored[len(p) :] for p in _PREFIXES if stored.startswith(p)), stored)
@@ -283,7 +284,7 @@ def _check_layout(path: str | os.PathLike[str], names: Mapping[str, str], header
 
 
 def _guess_kind(shapes: Mapping[str, object]) -> str:
-    """What a file most likely is, judged by its names."""
+    """Guess from its tensor names what kind of model a file contains."""
     if any(re.match(r"(model\.)?diffusion_model\..*time_stack", name) for name in shapes):
         return "an SVD checkpoint (it belongs in models/checkpoints)"
     kinds = (
@@ -299,8 +300,8 @@ def _list_tensors(names: Sequence[str]) -> str:
     return f"the tensor {names[0]}" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
 
 
-def width_runs(widths: Sequence[int]) -> str:
-    """'2x320, 2x640' for 320, 320, 640, 640."""
+def format_widths(widths: Sequence[int]) -> str:
+    """Summarize widths: '2x320, 2x640' for 320, 320, 640, 640."""
     runs: list[list[int]] = []
     for width in widths:
         if runs and runs[-1][1] == width:

@@ -1,4 +1,4 @@
-"""Frame positions: sinusoidal, ping-pong, trained, and how a trained table serves another number of frames."""
+"""Frame positions: sinusoidal, ping-pong and trained, and trained tables for other numbers of frames."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from ..choices import PositionMode
 
-#: Positions that the first frames of a clip have to themselves: the ping-pong never returns to them.
+#: Positions of a video's first frames, to which the ping-pong never returns.
 _LEAD_IN = 5
 
 
 def sinusoidal(positions: torch.Tensor, channels: int) -> torch.Tensor:
-    """Sinusoidal embedding of positions, cosines first (SVD's `timestep_embedding`, period 10,000).
+    """Sinusoidal embedding of positions, cosines first (SVD's `timestep_embedding` with period 10,000).
 
     Args:
         positions: frame positions [T].
@@ -30,11 +30,11 @@ def sinusoidal(positions: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def ping_pong(frames: int, trained: int = 25) -> torch.Tensor:
-    """Row of each frame when only `trained` rows exist: up to the last row, then down and up again.
+    """Row of a table with `trained` rows for each frame: up to the last row, then down and up again.
 
-    The reference's `PositionalID`: with 25 rows it turns at 24 and at 4, so that the rows of a clip's start
-    stay the start's own. With other lengths the lower turn stays at row 4 (tables of up to 5 rows alternate
-    between their last two).
+    Reference: `PositionalID`. With 25 rows it turns around at rows 24 and 4, so that the first rows belong only to a
+    video's beginning. For other lengths, the lower turning point stays at row 4; tables of up to 5 rows alternate
+    between their last two.
 
     Returns:
         int64 [frames], values in 0..trained-1.
@@ -53,23 +53,23 @@ def ping_pong(frames: int, trained: int = 25) -> torch.Tensor:
 
 
 def table_for(table: torch.Tensor, frames: int, mode: PositionMode) -> torch.Tensor:
-    """A trained table's rows for a clip of another length.
+    """Positions for a video of any length from a trained table.
 
     Args:
         table: trained positions [F, C].
-        frames: length T of the clip.
-        mode: `trained` takes the first T rows, `stretch` resamples all rows linearly to T, `repeat` takes the
-            rows in order and goes on by `ping_pong` past the last.
+        frames: length T of the video.
+        mode: `trained` takes the first T rows, `stretch` resamples all rows linearly to T, `repeat` continues in
+            `ping_pong` order after the last row.
 
     Returns:
         [T, C] in the table's dtype.
 
     Raises:
-        ValueError: T is beyond the table and the mode is `trained`.
+        ValueError: the mode is `trained` and T is greater than F.
     """
     trained = table.shape[0]
     if mode == "stretch":
-        # Computed in float32: half precision cannot hold the fractional row numbers of a long clip.
+        # In float32: half precision cannot represent the fractional row numbers of a long video.
         rows = table.float().T[None]
         return torch.nn.functional.interpolate(rows, size=frames, mode="linear", align_corners=True)[0].T.to(table)
     if mode == "repeat":
@@ -84,12 +84,21 @@ def table_for(table: torch.Tensor, frames: int, mode: PositionMode) -> torch.Ten
 
 
 def blended_table(table: torch.Tensor, frames: int, mode: PositionMode, strength: float) -> torch.Tensor:
-    """`table_for`, moved towards the base's sinusoidal positions where strength is below 1.
+    """`table_for`, interpolated with the base's sinusoidal positions.
+
+    Args:
+        table: trained positions [F, C].
+        frames: length T of the video.
+        mode: as in `table_for`.
+        strength: share of the trained positions.
 
     Returns:
-        [T, C]: strength x trained + (1 - strength) x sinusoidal.
+        strength x trained + (1 - strength) x sinusoidal [T, C].
+
+    Raises:
+        ValueError: as `table_for`, unless strength is 0.
     """
-    if strength == 0.0:  # the base, which has no trained length
+    if strength == 0.0:  # the base accepts any length
         return sinusoidal(torch.arange(frames), table.shape[1]).to(table.device)
     trained = table_for(table, frames, mode)
     if strength == 1.0:

@@ -1,8 +1,7 @@
-"""Names and shapes of an ExVideo extension, and the same weights' names in an SVD checkpoint.
+"""Names and shapes of an extension's tensors, and their names in an SVD checkpoint.
 
-An extension file holds, for each of the 16 temporal transformer blocks of the SVD UNet, the tuned weights
-of that block, a table of frame positions and a 3x3x3 convolution (paper section 3.2; the names are those of
-the reference's `SVDUNet.blocks`).
+For each of the SVD UNet's 16 temporal transformer blocks, an extension contains the tuned weights of the block, a
+position table and a 3x3x3 convolution (paper section 3.2). The names are those of the reference's `SVDUNet.blocks`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ Shape = tuple[int, ...]
 #: Index of each temporal transformer in the reference's flat list of UNet blocks, in the order of execution.
 BLOCK_IDS: tuple[int, ...] = (7, 17, 29, 39, 51, 61, 83, 113, 123, 133, 144, 154, 164, 175, 185, 195)
 
-#: The same 16 transformers by their names under the SVD UNet (`model.diffusion_model.` in a checkpoint).
+#: Names of the same 16 transformers in the SVD UNet (`model.diffusion_model.` in a checkpoint).
 SVD_TRANSFORMERS: tuple[str, ...] = (
     *(f"input_blocks.{i}.1" for i in (1, 2, 4, 5, 7, 8)),
     "middle_block.1",
     *(f"output_blocks.{i}.1" for i in range(3, 12)),
 )
 
-#: Metadata of a checkpoint that give sizes its shapes cannot tell, with SVD's own values.
+#: Metadata keys of sizes that a checkpoint's shapes do not show, and SVD's values.
 METADATA_DEFAULTS = {"exvideo.num_head_channels": 64, "exvideo.clip_num_attention_heads": 16}
 
 POSITIONS = "positional_embedding.embeddings"
@@ -33,7 +32,7 @@ _LINEAR = ("weight", "bias")
 
 
 def _shared_modules() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Extension module -> (module under the SVD transformer, its parameters)."""
+    """Module in the extension -> (module under the SVD transformer, its parameters)."""
     modules: dict[str, tuple[str, tuple[str, ...]]] = {}
     for index in (0, 2):
         modules[f"positional_embedding_proj.{index}"] = (f"time_pos_embed.{index}", _LINEAR)
@@ -49,7 +48,7 @@ def _shared_modules() -> dict[str, tuple[str, tuple[str, ...]]]:
     return modules
 
 
-#: Extension name -> name under the SVD transformer, for the 30 tensors a block shares with its base.
+#: Name in the extension -> name under the SVD transformer, for the 30 tensors that a block shares with its base.
 SHARED_TENSORS: dict[str, str] = {
     f"{module}.{parameter}": f"{svd_module}.{parameter}"
     for module, (svd_module, parameters) in _shared_modules().items()
@@ -58,12 +57,12 @@ SHARED_TENSORS: dict[str, str] = {
 
 
 def block_shapes(channels: int, context_dim: int, frames: int) -> dict[str, Shape]:
-    """Shape of every tensor of one block.
+    """Shapes of the tensors of one block, by name.
 
     Args:
         channels: width C of the block.
         context_dim: width of the image embedding that cross-attention reads (1024 in SVD).
-        frames: rows of the position table.
+        frames: number of rows of the position table.
     """
     c = channels
     shapes: dict[str, Shape] = {
@@ -91,10 +90,11 @@ def block_shapes(channels: int, context_dim: int, frames: int) -> dict[str, Shap
 
 
 def extension_shapes(widths: Sequence[int], context_dim: int, frames: int) -> dict[str, Shape]:
-    """Shape of every tensor of an extension file, keyed by its full name `blocks.<i>.<name>`.
+    """Shapes of the tensors of an extension file, by their full names `blocks.<i>.<name>`.
 
     Args:
-        widths: the 16 blocks' channels, in the order of `BLOCK_IDS`.
+        widths: channels of the 16 blocks, in the order of `BLOCK_IDS`.
+        context_dim, frames: as in `block_shapes`.
     """
     return {
         f"blocks.{block}.{name}": shape
@@ -104,9 +104,9 @@ def extension_shapes(widths: Sequence[int], context_dim: int, frames: int) -> di
 
 
 def layout_md5(shapes: Mapping[str, Iterable[int]]) -> str:
-    """md5 over names and shapes, as DiffSynth's model detection computes it.
+    """MD5 hash of names and shapes, as computed by DiffSynth's model detection.
 
-    The published file's is `9a4ab6869ac9b7d6e31f9854e397c867`.
+    The hash of the published file is `9a4ab6869ac9b7d6e31f9854e397c867`.
     """
     entries = []
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""Overlapping segments of frames for decoding, and how they blend."""
+"""Overlapping segments of frames for decoding, and their blend weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from ..choices import Blend
 
 
 def split_segments(frames: int, size: int, overlap: int) -> Iterator[tuple[int, int]]:
-    """Start and end of overlapping segments that cover `frames`; the last one may be shorter.
+    """Split `frames` into overlapping segments; the last one may be shorter.
+
+    Args:
+        frames: number of frames.
+        size: frames per segment.
+        overlap: frames that neighboring segments share.
+
+    Yields:
+        (start, end) of each segment.
 
     Raises:
         ValueError: the overlap is not smaller than a segment.
@@ -28,22 +36,28 @@ def split_segments(frames: int, size: int, overlap: int) -> Iterator[tuple[int, 
 
 
 def segment_weights(start: int, end: int, frames: int, overlap: int, blend: Blend) -> torch.Tensor:
-    """Weight of each frame of a segment where it blends with its neighbors; the video's ends are not faded.
+    """Blend weight of each frame of a segment, not normalized; the video's ends are not faded.
 
-    *linear* is the reference's: a ramp up from the segment's start and down to its end, whatever the overlap.
-    *smooth* drops the outer third of the overlap, where frames have few neighbors in time to be decoded with, and
-    crossfades the rest by squared sines, which sum to one.
+    *linear* is the reference's: a ramp from both ends of the segment, regardless of the overlap. *smooth* drops the
+    outer third of the overlap, whose frames were decoded with few neighbors in time, and crossfades the rest with
+    squared sines, which sum to one.
+
+    Args:
+        start, end: the segment, as yielded by `split_segments`.
+        frames: number of frames of the video.
+        overlap: frames that neighboring segments share.
+        blend: *linear* or *smooth*.
 
     Returns:
-        [end - start] in float32.
+        float32 [end - start].
     """
     length = end - start
     position = torch.arange(length, dtype=torch.float32)
     if blend == "linear":
-        most, rising = torch.full((length,), float(length)), position + 1
+        flat, rising = torch.full((length,), float(length)), position + 1
     else:
         dropped = overlap // 3
         fading = max(overlap - 2 * dropped, 1)
-        most = torch.ones(length)
+        flat = torch.ones(length)
         rising = torch.sin(((position + 0.5 - dropped) / fading).clamp(0, 1) * (math.pi / 2)).square()
-    return torch.minimum(rising if start > 0 else most, rising.flip(0) if end < frames else most)
+    return torch.minimum(rising if start > 0 else flat, rising.flip(0) if end < frames else flat)

@@ -1,4 +1,4 @@
-"""Pictures of an extension and of clips, drawn with Pillow: ComfyUI brings it, and no plotting library."""
+"""Charts of an extension and images of videos, drawn with Pillow: ComfyUI installs no plotting library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ..choices import Direction
 from ..method.distances import Distance
-from ..method.extension import Extension, width_runs
+from ..method.extension import Extension, format_widths
 from .images import rgb
 
 if TYPE_CHECKING:
@@ -18,53 +18,56 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
 _PAPER, _INK, _FAINT, _BAR = (250, 250, 248), (40, 40, 44), (205, 205, 205), (52, 101, 164)
-#: Ends and middle of the colour scale: below zero, zero, above.
+#: The color scale at -1, 0 and 1.
 _COLD, _MIDDLE, _WARM = np.array([33, 82, 160]), np.array([250, 250, 248]), np.array([186, 44, 40])
 _MARGIN, _PANEL, _LINE, _TEXT, _TITLE = 28, 380, 22, 15, 19
-_AXIS = 40  # left of a heat map, for its numbers
+_AXIS = 40  # space left of a heat map for its axis labels
 
 
 def extension_chart(extension: Extension, distances: Sequence[Distance], block: int) -> Image:
-    """An extension at a glance: its size, one block's position table, and how far each block is from its start.
+    """Draw an overview of an extension: its size, one block's position table, and the distances of all blocks.
 
     Args:
-        distances: of the 16 blocks.
-        block: index of the block whose table is drawn.
+        extension: the extension.
+        distances: distances of the 16 blocks.
+        block: index of the block whose position table is drawn.
     """
     from PIL import Image, ImageDraw
 
     width, height = 3 * _PANEL + 2 * _AXIS + 4 * _MARGIN, _PANEL + 6 * _LINE
-    picture = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(image)
     dtype = str(extension.dtype).removeprefix("torch.")
     draw.text((_MARGIN, _LINE // 2), extension.name, _INK, _font(_TITLE))
-    facts = f"{extension.frames} frames, blocks {width_runs(extension.widths)} wide, {dtype}"
+    facts = f"{extension.frames} frames, blocks {format_widths(extension.widths)} wide, {dtype}"
     draw.text((_MARGIN, _LINE // 2 + _LINE + 4), facts, _INK, _font(_TEXT))
 
     table = extension.blocks[block].positions.float()
     unit = torch.nn.functional.normalize(table, dim=1)
-    # torch's quantile takes no more than 16 million numbers.
+    # torch.quantile is limited to 16 million elements.
     limit = max((table.abs().quantile(0.99) if table.numel() < 2**24 else table.abs().max()).item(), 1e-6)
     top, left = 4 * _LINE, _MARGIN
     panels = [
         (f"Positions of block {block + 1} (+-{limit:.2g})", table / limit, "channel", table.shape[1]),
-        ("Likeness of frames (cosine)", unit @ unit.T, "frame", table.shape[0]),
+        ("Similarity of frames (cosine)", unit @ unit.T, "frame", table.shape[0]),
     ]
     for title, values, label, count in panels:
         draw.text((left, top - _LINE - 4), title, _INK, _font(_TEXT))
-        picture.paste(_heat_map(values, _PANEL), (left + _AXIS, top))
+        image.paste(_heat_map(values, _PANEL), (left + _AXIS, top))
         _numbers(draw, left + _AXIS, top, table.shape[0], count, label)
         left += _AXIS + _PANEL + _MARGIN
     _bars(draw, left, top, distances)
-    return picture
+    return image
 
 
 def contact_sheet(rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[str], edge: int = 128) -> Image:
-    """Pictures in rows, with a label at the left of each and one above each column.
+    """Draw rows of images, with labels for rows and columns.
 
     Args:
         rows: frames of each row, uint8 [N, H, W, 3].
-        edge: longest side of a picture on the sheet, in pixels.
+        labels: one per row.
+        columns: titles of the columns.
+        edge: longest side of an image on the sheet, in pixels.
     """
     from PIL import Image, ImageDraw
 
@@ -93,15 +96,19 @@ def stack_clips(
     labels: tuple[str, str] = ("", ""),
     direction: Direction = "side by side",
 ) -> torch.Tensor:
-    """Two clips in one picture, for comparison. The shorter one stands still at its end.
+    """Combine two videos into one for comparison. The shorter one stops on its last frame.
 
     Args:
-        first: [T, H, W, C] in 0..1.
-        second: the same of any length and size; it is scaled to the first one's height, or width if below it.
-        labels: shown above each, where they are not empty.
+        first: [T1, H1, W1, C] in 0..1.
+        second: [T2, H2, W2, C] in 0..1, scaled to the first one's height (or to its width if placed below it).
+        labels: shown above the videos, unless both are empty.
+        direction: placement of the second video.
 
     Returns:
-        [T, H, W, 3] in float32, T being the longer one's, both sides even, as video codecs need them.
+        [max(T1, T2), H, W, 3] in float32, cropped to even sizes, which video codecs require.
+
+    Raises:
+        ValueError: as `rgb`.
     """
     across = direction == "side by side"
     first, second = rgb(first, "first"), rgb(second, "second")
@@ -112,15 +119,16 @@ def stack_clips(
     if size != tuple(second.shape[1:3]):
         mode = "bilinear" if factor < 1 else "bicubic"
         pixels = torch.nn.functional.interpolate(pixels, size, mode=mode, antialias=factor < 1).clamp(0, 1)
-    clips = [first.cpu(), pixels.movedim(1, -1).cpu()]
-    frames = max(len(clip) for clip in clips)
+    videos = [first.cpu(), pixels.movedim(1, -1).cpu()]
+    frames = max(len(video) for video in videos)
     strips = []
-    for clip, label in zip(clips, labels, strict=True):
-        held = torch.cat([clip, clip[-1:].expand(frames - len(clip), -1, -1, -1)]) if len(clip) < frames else clip
+    for video, label in zip(videos, labels, strict=True):
+        if len(video) < frames:
+            video = torch.cat([video, video[-1:].expand(frames - len(video), -1, -1, -1)])  # noqa: PLW2901
         if any(labels):
-            banner = _banner(label, held.shape[2]).to(held)
-            held = torch.cat([banner.expand(frames, -1, -1, -1), held], dim=1)
-        strips.append(held)
+            banner = _banner(label, video.shape[2]).to(video)
+            video = torch.cat([banner.expand(frames, -1, -1, -1), video], dim=1)  # noqa: PLW2901
+        strips.append(video)
     joined = torch.cat(strips, dim=2 if across else 1)
     return joined[:, : joined.shape[1] // 2 * 2 or 1, : joined.shape[2] // 2 * 2 or 1]
 
@@ -138,17 +146,16 @@ def _banner(text: str, width: int) -> torch.Tensor:
 
 
 def _heat_map(values: torch.Tensor, edge: int) -> Image:
-    """Rows downwards, from cold (-1) to warm (1), scaled to a square: averaged where it shrinks."""
+    """Draw values from -1 (cold) to 1 (warm) as a square image of `edge` pixels, one row per row of the table."""
     from PIL import Image
 
     x = values.clamp(-1, 1).numpy()[..., None]
-    colours = _MIDDLE + np.abs(x) * (np.where(x < 0, _COLD, _WARM) - _MIDDLE)
-    picture = Image.fromarray(colours.round().astype(np.uint8))
-    return picture.resize((edge, edge), Image.Resampling.BOX)
+    colors = _MIDDLE + np.abs(x) * (np.where(x < 0, _COLD, _WARM) - _MIDDLE)
+    return Image.fromarray(colors.round().astype(np.uint8)).resize((edge, edge), Image.Resampling.BOX)
 
 
 def _numbers(draw: ImageDraw, left: int, top: int, rows: int, columns: int, label: str) -> None:
-    """Ends of both axes of a heat map."""
+    """Label the ends of a heat map's axes."""
     font = _font(_TEXT - 2)
     draw.text((left - 6, top), "0", _INK, font, anchor="ra")
     draw.text((left - 6, top + _PANEL - _TEXT), str(rows - 1), _INK, font, anchor="ra")
@@ -160,14 +167,14 @@ def _numbers(draw: ImageDraw, left: int, top: int, rows: int, columns: int, labe
 
 
 def _bars(draw: ImageDraw, left: int, top: int, distances: Sequence[Distance]) -> None:
-    """One small chart for each kind of distance, a bar for each block."""
+    """Draw one bar chart per kind of distance, with one bar per block."""
     charts = [
-        ("Weights, from the base's", [d.weights for d in distances]),
-        ("Convolution, from the identity", [d.convolution for d in distances]),
-        ("Positions, from the base's", [d.positions for d in distances]),
+        ("Weights (from the base)", [d.weights for d in distances]),
+        ("Convolution (from the identity)", [d.convolution for d in distances]),
+        ("Positions (from the base)", [d.positions for d in distances]),
     ]
     font, small = _font(_TEXT), _font(_TEXT - 2)
-    draw.text((left, top - _LINE - 4), "Distance from the start, by block", _INK, font)
+    draw.text((left, top - _LINE - 4), "Distance from the initial weights, by block", _INK, font)
     height, width = _PANEL // len(charts), _PANEL
     for index, (title, values) in enumerate(charts):
         base = top + (index + 1) * height - 12
@@ -175,14 +182,14 @@ def _bars(draw: ImageDraw, left: int, top: int, distances: Sequence[Distance]) -
         if not known:
             draw.text((left, base - height + _LINE), f"{title}: connect the base model", _INK, small)
             continue
-        most = max(*known, 1e-9)
-        draw.text((left, base - height + 12), f"{title}, up to {most:.2g}", _INK, small)
+        limit = max(*known, 1e-9)
+        draw.text((left, base - height + 12), f"{title}, up to {limit:.2g}", _INK, small)
         draw.line((left, base, left + width, base), _FAINT)
         step = width / len(known)
         for block, value in enumerate(known):
-            tall = round(value / most * (height - 3 * _LINE // 2 - 12))
+            length = round(value / limit * (height - 3 * _LINE // 2 - 12))
             x = left + block * step
-            draw.rectangle((x + 2, base - tall, x + step - 3, base), _BAR)
+            draw.rectangle((x + 2, base - length, x + step - 3, base), _BAR)
     bottom = top + _PANEL + 4
     draw.text((left, bottom), "block 1", _INK, small)
     draw.text((left + width, bottom), str(len(distances)), _INK, small, anchor="ra")

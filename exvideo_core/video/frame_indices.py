@@ -1,4 +1,4 @@
-"""Frames that are listed in a text, and their noise mask."""
+"""Parses lists of frames, and builds the noise mask of keyframes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ def frame_indices(text: str, frames: int) -> list[int]:
     """Parse a list like `0, 16-31, -1`: frames count from 0, negative ones from the end; ranges include both ends.
 
     Args:
+        text: the list.
         frames: number of frames of the video.
+
+    Returns:
+        Indices from 0 to frames - 1, in the order of the list.
 
     Raises:
         ValueError: the text is not such a list, or names a frame twice or outside of the video.
@@ -45,12 +49,12 @@ def noise_mask_values(indices: list[int], frames: int, fade: int) -> list[float]
             frame of a run is always kept.
     """
     mask = [1.0] * frames
-    given = set(indices)
-    for start in given:
-        if start - 1 in given:
+    keyframes = set(indices)
+    for start in keyframes:
+        if start - 1 in keyframes:
             continue
         end = start
-        while end in given:
+        while end in keyframes:
             mask[end] = 0.0
             end += 1
         fading = min(fade, end - start - 1) if end < frames else 0

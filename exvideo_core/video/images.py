@@ -10,17 +10,17 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def rgb(image: torch.Tensor, name: str = "image") -> torch.Tensor:
-    """Images of any floating-point dtype as float32 RGB: alpha is dropped, gray is expanded to three channels.
+    """Convert images of any floating-point dtype to float32 RGB: alpha is dropped, gray is expanded.
 
     Args:
         image: [B, H, W, C] in 0..1, ComfyUI's IMAGE.
-        name: of the input, for errors.
+        name: name of the input, for error messages.
 
     Returns:
-        [B, H, W, 3].
+        [B, H, W, 3] in float32.
 
     Raises:
-        ValueError: there is no image, it has two channels, or it holds NaN or infinite values.
+        ValueError: the tensor is empty, has two channels, or contains NaN or infinite values.
     """
     if image.ndim != 4 or 0 in image.shape:
         shape = list(image.shape)
@@ -34,7 +34,7 @@ def rgb(image: torch.Tensor, name: str = "image") -> torch.Tensor:
 
 
 def resize_and_crop(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Resize images to cover width x height and crop the center, with antialiasing.
+    """Resize images to cover width x height and crop the center, with antialiasing and bicubic interpolation.
 
     Args:
         image: [B, H, W, C] in 0..1, ComfyUI's IMAGE.
@@ -43,7 +43,7 @@ def resize_and_crop(image: torch.Tensor, width: int, height: int) -> torch.Tenso
         [B, height, width, 3] in 0..1, float32.
 
     Raises:
-        ValueError: as of `rgb`.
+        ValueError: as `rgb`.
     """
     pixels = rgb(image).movedim(-1, 1)
     if pixels.shape[-2:] != (height, width):
@@ -56,7 +56,7 @@ def resize_and_crop(image: torch.Tensor, width: int, height: int) -> torch.Tenso
 
 
 def clip_vision_pixels(image: torch.Tensor, size: int = 224) -> torch.Tensor:
-    """Images as the reference passes them to CLIP: blurred against aliasing, resized without a crop, normalized.
+    """Prepare images for CLIP as the reference does: blurred against aliasing, resized without cropping, normalized.
 
     The blur is a Gaussian with a standard deviation of (factor - 1) / 2, about 4 deviations wide; the resize is bicubic
     with aligned corners. ComfyUI's own preprocessing crops, and rounds to 8 bits.
@@ -90,10 +90,12 @@ def _blur(pixels: torch.Tensor, dim: int, factor: float) -> torch.Tensor:
 
 
 def add_pixel_noise(image: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
-    """Noise augmentation: strength x noise on the image's -1..1 scale, reproducible from the seed on any device.
+    """Noise augmentation: adds strength x noise on a -1..1 scale, reproducible from the seed on any device.
 
     Args:
         image: [B, H, W, 3] in 0..1.
+        strength: standard deviation of the noise on the -1..1 scale.
+        seed: seed of the noise.
 
     Returns:
         [B, H, W, 3] on the 0..1 scale (hence half the strength), not clamped.

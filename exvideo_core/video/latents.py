@@ -6,13 +6,14 @@ import torch
 
 
 def check_latents(samples: torch.Tensor, channels: int | None = None) -> None:
-    """Check the latent of a video [T, C, H, W].
+    """Check the latent of a video.
 
     Args:
-        channels: required number (default: any).
+        samples: [T, C, H, W].
+        channels: required number of channels C (default: any).
 
     Raises:
-        ValueError: it has another shape, or holds NaN or infinite values.
+        ValueError: the shape is wrong, or the latent contains NaN or infinite values.
     """
     shape = list(samples.shape)
     if samples.ndim != 4 or 0 in shape:
@@ -36,11 +37,16 @@ def normalize_latents(latents: torch.Tensor, normalize: bool, contrast: float) -
 
     Args:
         latents: [T, C, H, W].
+        normalize: whether to match mean and standard deviation.
+        contrast: factor for all latents.
+
+    Returns:
+        [T, C, H, W].
     """
     if normalize:
         mean, std = latents.mean(), latents.std()
         frame_mean = latents.mean(dim=(1, 2, 3), keepdim=True)
         frame_std = latents.std(dim=(1, 2, 3), keepdim=True)
-        smallest = torch.finfo(latents.dtype).tiny
-        latents = (latents - frame_mean) / frame_std.clamp_min(smallest) * std + mean
+        tiny = torch.finfo(latents.dtype).tiny
+        latents = (latents - frame_mean) / frame_std.clamp_min(tiny) * std + mean
     return latents * contrast

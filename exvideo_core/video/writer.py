@@ -1,4 +1,4 @@
-"""Writes video files frame by frame, whole or not at all."""
+"""Writes video files frame by frame, atomically."""
 
 from __future__ import annotations
 
@@ -18,42 +18,41 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-_BT709 = 1  # FFmpeg's number for it, as primaries, transfer and matrix
+_BT709 = 1  # FFmpeg's code for primaries, transfer characteristics and matrix
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
-    """Frames per second as the fraction that a video file states.
+    """Frame rate as a fraction, as stored in a video file.
 
-    Television's 23.976, 29.97 and 59.94 are 24, 30 and 60 times 1000/1001, and written so: a player that counts
-    23.976 exactly drifts from sound by a frame in 12 hours.
+    23.976, 29.97 and 59.94 become the exact NTSC rates, 24, 30 and 60 times 1000/1001: with rounded rates, video drifts
+    from sound by a frame in 12 hours.
 
     Raises:
         ValueError: fps is not a positive, finite number.
     """
     if not math.isfinite(fps) or fps <= 0:
         raise ValueError(f"fps ({fps}) has to be a positive number.")
-    television = Fraction(round(fps * 1.001) * 1000, 1001)
-    if math.isclose(fps, television, rel_tol=2e-6) and television:
-        return television
+    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
+    if math.isclose(fps, ntsc, rel_tol=2e-6) and ntsc:
+        return ntsc
     return Fraction(fps).limit_denominator()
 
 
 class VideoWriter:
-    """A video file in the making, as a context: it appears under its name when all frames are in it.
+    """A context that writes a video file. The file gets its name when the context exits without an error.
 
-    Where the block is left by an error, or the process is killed, there is no file of that name; after an error there
-    is no part of one either.
+    After an error nothing is left behind, and if the process is killed, only a temporary file.
 
     Args:
-        path: the file; its suffix has to be the codec's.
-        fps: frames per second; see `frame_rate`.
+        path: the file, with the codec's suffix.
+        fps: frames per second, see `frame_rate`.
         codec: key of `CODECS`.
-        quality: constant rate factor, 0 to 51 (vp9: to 63).
-        metadata: texts that the container carries.
+        quality: constant rate factor, 0 to 51 (vp9: up to 63).
+        metadata: written to the container.
 
     Raises:
-        ValueError: fps is no frame rate; frames of another size than the first, or of one that the codec cannot hold.
-        OutputFileError: the disk does not take the file. What can be known of it before is said on entering the block.
+        ValueError: fps is not positive, a frame differs in size from the first one, or the codec does not support it.
+        OutputFileError: the file cannot be written. Entering the context finds most problems.
     """
 
     def __init__(
@@ -86,7 +85,11 @@ class VideoWriter:
         return self
 
     def add(self, frames: np.ndarray) -> None:
-        """Append frames, uint8 [N, H, W, 3], contiguous."""
+        """Append frames.
+
+        Args:
+            frames: contiguous uint8 [N, H, W, 3].
+        """
         import av
         from av.video.reformatter import Colorspace
 
@@ -98,8 +101,8 @@ class VideoWriter:
                 f"All frames of a video need the same size, but {self.path.name} got one of {size} pixels."
             )
         assert self._stream is not None
-        for picture in frames:
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if self._codec.pixel_format.startswith("yuv"):
                 frame = frame.reformat(format=self._codec.pixel_format, dst_colorspace=Colorspace.ITU709)
             with explain_errors(self.path):
@@ -110,8 +113,8 @@ class VideoWriter:
             raise ValueError(
                 f"{self._codec.encoder} cannot encode {width}x{height} pixels: width and height have to be even."
             )
-        if min(height, width) < self._codec.smallest:
-            smallest = f"{self._codec.smallest}x{self._codec.smallest}"
+        if min(height, width) < self._codec.min_size:
+            smallest = f"{self._codec.min_size}x{self._codec.min_size}"
             raise ValueError(
                 f"{self._codec.encoder} needs at least {smallest} pixels, but the video has {width}x{height}."
             )
@@ -127,15 +130,15 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        whole = kind is None and self._stream is not None
+        complete = kind is None and self._stream is not None
         try:
-            # After an error the end may fail too, of which nobody has to hear.
-            with explain_errors(self.path) if whole else contextlib.suppress(Exception):
-                if whole:
+            # After an error, closing may fail as well; only the first error matters.
+            with explain_errors(self.path) if complete else contextlib.suppress(Exception):
+                if complete:
                     self._container.mux(self._stream.encode())
                 self._container.close()
-            if whole:
+            if complete:
                 finish(self._part, self.path)
         finally:
-            self._container = self._stream = None  # what could not be closed lets go of the file now
+            self._container = self._stream = None  # releases the file even if closing failed
             discard(self._part)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import random_model
 from exvideo_core.comfyui.checkpoint.load import load_checkpoint
-from exvideo_core.comfyui.checkpoint.validate import CLIP, UNET, VAE, converted_clip, read_sizes
+from exvideo_core.comfyui.checkpoint.validate import CLIP, UNET, VAE, clip_vision_weights, read_sizes
 from exvideo_core.files.safetensors_header import ModelFileError, read_header
 
 
@@ -33,7 +33,7 @@ def svd_sized(folder: Path, saved_by_host: bool = False) -> Path:
     header, size = random_model.svd_header()
     if saved_by_host:
         shapes = {name: torch.empty(shape, device="meta") for name, shape in random_model.svd_shapes().items()}
-        encoder = converted_clip({name: shapes.pop(name) for name in list(shapes) if name.startswith(CLIP)})
+        encoder = clip_vision_weights({name: shapes.pop(name) for name in list(shapes) if name.startswith(CLIP)})
         header, size = {}, 0
         for name, tensor in (shapes | {CLIP + name: tensor for name, tensor in encoder.items()}).items():
             offsets = [size, size + 2 * tensor.numel()]
@@ -51,18 +51,18 @@ def test_svds_own_file_is_asked_for_what_the_reference_reads_of_it(tmp_path) -> 
     path = svd_sized(tmp_path)
     header = read_header(path)
     sizes = read_sizes(str(path), header)
-    assert sizes.is_svd
+    assert sizes.is_published
     names = set(header.shapes)
     assert {name for name in names if name.startswith(UNET)} == reference_names("svd_unet", UNET)
     decoder = f"{VAE}decoder."
     found = reference_names("svd_vae_decoder", decoder)
     assert {name for name in names if name.startswith(decoder)} == found and len(found) > 200
-    assert sizes.clip["num_hidden_layers"] == 32 and sizes.clip["image_size"] == 224
+    assert sizes.clip_vision["num_hidden_layers"] == 32 and sizes.clip_vision["image_size"] == 224
 
 
 def test_svds_own_sizes_go_to_the_hosts_loader_in_either_layout(tmp_path) -> None:
     path = svd_sized(tmp_path, saved_by_host=True)
-    assert read_sizes(str(path), read_header(path)).is_svd
+    assert read_sizes(str(path), read_header(path)).is_published
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def untrained_extension(model: ModelPatcher, frames: int) -> Extension:
-    """An extension for `frames` frames with the model's own temporal weights: see `Extension.untrained`.
+    """Create an extension for `frames` frames from the model's own temporal weights, see `Extension.untrained`.
 
     Raises:
         ValueError: the model is not an SVD model, or has an extension applied.
@@ -25,10 +25,10 @@ def untrained_extension(model: ModelPatcher, frames: int) -> Extension:
 
 
 def base_weights(model: ModelPatcher) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's 30 temporal weights of each of the 16 blocks, by their names under the SVD transformer.
+    """The model's 30 temporal weights for each of the 16 blocks, by their names under the SVD transformer.
 
-    Weights are read as the checkpoint holds them. LoRAs and other patches are left out, so that they do not count twice
-    once an extension is applied to the model.
+    Weights are unpatched, as in the checkpoint: LoRAs would otherwise apply twice once the extension is applied to the
+    model.
 
     Raises:
         ValueError: the model is not an SVD model, or has an extension applied.
@@ -39,7 +39,7 @@ def base_weights(model: ModelPatcher) -> Iterator[dict[str, torch.Tensor]]:
         raise ValueError(
             f"This model has the extension '{applied.name}' applied. Connect the checkpoint's model directly."
         )
-    # If patches are loaded right now, only this method knows the unpatched weights.
+    # While patches are loaded, only this method returns the unpatched weights.
     originals = model.get_key_patches("diffusion_model.")
     for path in transformers:
         yield {name: originals[f"{path}.{name}"][0][0].to("cpu", copy=True) for name in SHARED_TENSORS.values()}

@@ -1,8 +1,8 @@
 """Merging and saving a model with an extension.
 
-Merges change the base that an extension is applied to, whether they come before ExVideo Apply or after it; LoRAs add to
-the extension, before or after it. An extended model can neither be merged into another model nor be saved as a
-checkpoint: neither has a place for positions and convolutions, and the rest of an extension is useless without them.
+Merges change the base model and LoRAs add to the extension, whether they come before or after ExVideo Apply. An
+extended model can neither be merged into another model nor be saved as a checkpoint: both would lose positions and
+convolutions, and the rest of an extension is useless without them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 #: ComfyUI's weight patch: strength of the patch, value, strength of the weight, offset, function.
 Entry = tuple[Any, ...]
-#: ComfyUI's methods that collect the tensors of a checkpoint file.
+#: ComfyUI's methods that collect tensors for a checkpoint file.
 _SAVING = frozenset({"state_dict_for_saving", "model_state_dict_for_saving"})
 
 
 def refuse_to_save(name: str) -> None:
     """Refuse to build a state dict for a checkpoint file.
 
-    ComfyUI calls the model's own `state_dict`, so that only the caller tells saving from listing names.
+    ComfyUI also calls `state_dict` to list names, so that only the call stack shows whether it is saving.
 
     Args:
-        name: of the applied extension.
+        name: name of the applied extension.
 
     Raises:
         ValueError: the state dict is for a checkpoint file.
@@ -47,24 +47,24 @@ def refuse_to_save(name: str) -> None:
 class PatchOrder:
     """Keeps the extension's weight patches after merges and before LoRAs.
 
-    An ON_CLONE callback: the methods that it sets on a patcher are not cloned.
+    An ON_CLONE callback, because the methods that it sets on a patcher are not cloned.
 
     Args:
-        name: of the extension.
-        shared: the value of the extension's patch, by weight.
+        name: name of the extension.
+        shared: value of the extension's patch for each weight.
     """
 
     def __init__(self, name: str, shared: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
         self._name, self._shared = name, shared
 
     def __call__(self, parent: ModelPatcher, clone: ModelPatcher) -> None:  # noqa: ARG002 - ComfyUI's signature
-        # Weak: a patcher that refers to itself would keep its model alive until Python collects cycles.
+        # A weak reference, since a cycle would keep the model alive until Python's next garbage collection.
         patcher = weakref.ref(clone)
 
-        def add_patches(*given: Any, **named: Any) -> list[Any]:  # noqa: ANN401 - ComfyUI's
+        def add_patches(*args: Any, **kwargs: Any) -> list[Any]:  # noqa: ANN401 - ComfyUI's
             own = patcher()
             assert own is not None
-            added = type(own).add_patches(own, *given, **named)
+            added = type(own).add_patches(own, *args, **kwargs)
             for key in added:
                 self._sort(own, key if isinstance(key, str) else key[0])
             return added
@@ -82,7 +82,7 @@ class PatchOrder:
         clone.add_patches, clone.get_key_patches = add_patches, get_key_patches
 
     def put_in_place(self, patcher: ModelPatcher) -> None:
-        """Move the extension's patches, which are the last ones, to just after the last merge."""
+        """Move the extension's patches from the end of each list to after the last merge."""
         for key in self._shared:
             entries = patcher.patches[key]
             own = entries.pop()
@@ -90,11 +90,11 @@ class PatchOrder:
             entries.insert(merges[-1] + 1 if merges else 0, own)
 
     def _sort(self, patcher: ModelPatcher, key: str) -> None:
-        """Move a merge that has just been added to before the extension's patch."""
+        """Move a merge that was just added to before the extension's patch."""
         value, entries = self._shared.get(key), patcher.patches[key]
         if value is not None and _is_merge(entries[-1]):
-            place = next(at for at, entry in enumerate(entries) if entry[1] is value)
-            entries.insert(place, entries.pop())
+            index = next(at for at, entry in enumerate(entries) if entry[1] is value)
+            entries.insert(index, entries.pop())
 
 
 def _is_merge(entry: Entry) -> bool:

@@ -69,6 +69,9 @@ def apply_extension(
         strength: 0 is the unpatched model, 1 the extension; weights, positions and convolution are interpolated.
         positions: how trained positions are assigned to the video's frames, see `positions.table_for`.
 
+    Returns:
+        The patched clone.
+
     Raises:
         ValueError: the model is not an SVD model, already has an extension, or the extension does not fit it.
     """
@@ -94,10 +97,10 @@ def apply_extension(
     order = PatchOrder(extension.name, weight_patches)
     order.put_in_place(patched)
     for path, weights in zip(transformers, extension.blocks, strict=True):
-        # Not by `add_patches`, which knows only the weights of the unpatched model.
+        # Not with `add_patches`, which accepts only weights of the unpatched model.
         for name, tensor in (("weight", weights.conv_weight), ("bias", weights.conv_bias)):
             patched.patches[f"{path}.positional_conv.{name}"] = [(strength, (tensor,), 1.0 - strength, None, None)]
-    # ComfyUI measures a model once, from its modules, and does not see those of object patches.
+    # ComfyUI measures a model once, without the modules of object patches.
     added = sum(comfy.model_management.module_size(layer.positional_conv) for layer in layers.values())
     patched.size = model.model_size() + added
     set_memory_settings(patched, MemorySettings())
@@ -128,10 +131,10 @@ def _extended_transformers(
 
 
 class _LayersOfClones:
-    """Gives clones that have a model of their own, which ComfyUI makes for additional GPUs, layers of their own.
+    """ON_CLONE callback: builds new layers for clones that have their own model, as ComfyUI creates for more GPUs.
 
-    The parent's layers hold the parent's weights. ComfyUI makes such a clone anew for every run, so its layers are
-    cached with its model.
+    The parent's layers refer to the parent's weights. ComfyUI creates these clones again for every run, so their layers
+    are cached by model.
     """
 
     def __init__(self, extension: Extension, applied: AppliedExtension) -> None:
@@ -153,14 +156,14 @@ class _LayersOfClones:
 
 
 def _identity(model: comfy.model_base.BaseModel, channels: int) -> torch.nn.Conv3d:
-    """An identity 3-D convolution, as a layer of ComfyUI's, which handles casting and offloading."""
+    """An identity 3-D convolution as a ComfyUI layer, which handles casting and offloading."""
     dtype = model.get_dtype()
     if dtype.itemsize < 2:  # fp8 has no convolution: use the dtype that the model computes in
         dtype = model.manual_cast_dtype or torch.float16
     operations = comfy.ops.pick_operations(dtype, model.manual_cast_dtype)
     # The caller pads: one of ComfyUI's convolution paths ignores the padding mode.
     conv = operations.Conv3d(channels, channels, 3, dtype=dtype, device="meta")
-    # The system allocates no memory for zeros that are never written.
+    # Zeros that are never written take up no physical memory.
     conv.weight = torch.nn.Parameter(identity_convolution(channels, dtype), requires_grad=False)
     conv.bias = torch.nn.Parameter(torch.zeros(channels, dtype=dtype), requires_grad=False)
     return conv

@@ -20,7 +20,7 @@ from ..low_memory.transformer_block import transformer_block
 from ..model import share_submodules
 from .merges import refuse_to_save
 
-#: Size of a chunk's widest intermediate in multiples of its tokens: the feed-forward's two halves of 4 C, its input.
+#: Size of a chunk's widest intermediate in multiples of its tokens: the feed-forward's input and two halves of 4 C.
 _WIDTH = 9
 #: On tokens in any other memory layout, a linear layer copies its weights once per sequence.
 _CONTIGUOUS = torch.contiguous_format
@@ -56,9 +56,9 @@ class ExtendedVideoTransformer(SpatialVideoTransformer):
         self.position_strength = strength
         self.extension_name = name
 
-    def state_dict(self, *given: Any, **named: Any) -> dict[str, Any]:  # noqa: ANN401 - PyTorch's
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - PyTorch's
         refuse_to_save(self.extension_name)
-        return super().state_dict(*given, **named)
+        return super().state_dict(*args, **kwargs)
 
     def forward(
         self,

@@ -1,8 +1,8 @@
 """Loads an SVD checkpoint of any width.
 
-The host knows SVD by its exact widths (320 channels, a 1024-wide image embedding, CLIP ViT-H). Such files go
-to the host's own loader. For the others the same host classes are built with the sizes that the file's shapes
-and metadata tell.
+ComfyUI recognizes SVD only by its published widths (320 channels, a 1024-wide image embedding, CLIP ViT-H). Files with
+these widths go to ComfyUI's own loader. For all others, the same ComfyUI classes are built with the sizes read from the
+file's shapes and metadata.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import comfy.utils
 import torch
 
 from ...files.safetensors_header import ModelFileError, read_header
-from .validate import CLIP_HEADS, UNET, VAE, Sizes, converted_clip, read_sizes, unet_config, vae_model
+from .validate import CLIP_HEADS, UNET, VAE, Sizes, build_vae, clip_vision_weights, read_sizes, unet_config
 
 LoadedCheckpoint = tuple[comfy.model_patcher.ModelPatcher, comfy.clip_vision.ClipVisionModel, comfy.sd.VAE]
 
@@ -34,7 +34,7 @@ def load_checkpoint(path: str) -> LoadedCheckpoint:
     if os.path.splitext(path)[1] != ".safetensors":
         raise ModelFileError(path, "is not a .safetensors file.", "Use an SVD checkpoint, such as svd_xt.safetensors.")
     sizes = read_sizes(path, read_header(path))
-    if sizes.is_svd:
+    if sizes.is_published:
         model, _, vae, clip_vision = comfy.sd.load_checkpoint_guess_config(
             path, output_clip=False, output_clipvision=True
         )
@@ -49,7 +49,7 @@ def load_checkpoint(path: str) -> LoadedCheckpoint:
 
 
 def _reload_unet(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """A fresh copy of the diffusion model, for the host's multi-GPU clones."""
+    """Load the diffusion model again, for ComfyUI's multi-GPU clones."""
     return _load_unet(comfy.utils.load_torch_file(path), read_sizes(path, read_header(path)), disable_dynamic)
 
 
@@ -58,7 +58,7 @@ def _load_vae(sd: dict[str, torch.Tensor], sizes: Sizes) -> comfy.sd.VAE:
 
 
 def _reload_vae(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:  # noqa: ARG001
-    """A fresh copy of the VAE's model, for the host's Select VAE Device."""
+    """Load the VAE's model again, for ComfyUI's Select VAE Device node."""
     return _load_vae(comfy.utils.load_torch_file(path), read_sizes(path, read_header(path))).patcher
 
 
@@ -76,7 +76,7 @@ def _load_unet(
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, load_device, supported))
     model = config.get_model(sd, UNET, device=management.unet_inital_load_device(parameters, dtype))
     patcher_class = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:  # 0.3.64 has one class only
+    if not disable_dynamic:  # ComfyUI 0.3.64 has only one class
         patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
     patcher = patcher_class(model, load_device=load_device, offload_device=management.unet_offload_device())
     model.load_model_weights(sd, UNET)
@@ -84,17 +84,17 @@ def _load_unet(
 
 
 def _load_clip_vision(sd: dict[str, torch.Tensor], sizes: Sizes) -> comfy.clip_vision.ClipVisionModel:
-    with tempfile.TemporaryDirectory() as folder:  # 0.3.64 takes the configuration as a file only
+    with tempfile.TemporaryDirectory() as folder:  # ComfyUI 0.3.64 reads the configuration only from a file
         path = os.path.join(folder, "clip_vision_config.json")
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(sizes.clip, file)
+            json.dump(sizes.clip_vision, file)
         clip_vision = _ClipVision(path)
-    clip_vision.load_sd(converted_clip(sd))
+    clip_vision.load_sd(clip_vision_weights(sd))
     return clip_vision
 
 
 class _ClipVision(comfy.clip_vision.ClipVisionModel):
-    """The host's image encoder, which saves its number of heads beside the weights."""
+    """ComfyUI's image encoder, which saves its number of attention heads along with the weights."""
 
     def __init__(self, json_config: str) -> None:
         super().__init__(json_config)
@@ -106,19 +106,19 @@ class _ClipVision(comfy.clip_vision.ClipVisionModel):
 
 
 class _VideoVAE(comfy.sd.VAE):
-    """The host's VAE around a temporal decoder of any width.
+    """ComfyUI's VAE with a temporal decoder of any width.
 
     Args:
-        sd: weights of SVD's `AutoencodingEngine` (encoder, temporal decoder).
-        sizes: of the checkpoint.
+        sd: weights of SVD's `AutoencodingEngine` (encoder and temporal decoder).
+        sizes: sizes of the checkpoint.
     """
 
     def __init__(self, sd: dict[str, torch.Tensor], sizes: Sizes) -> None:
-        super().__init__(sd={})  # sets this host version's defaults, and logs that it was given no weights
+        super().__init__(sd={})  # sets the defaults of this ComfyUI version, and warns that there are no weights
         logging.info("The ExVideo loader has initialized the VAE: ignore the warning above.")
         management = comfy.model_management
-        self.first_stage_model = vae_model(sizes.vae).eval()
-        self.first_stage_model.load_state_dict(sd, strict=False)  # other tensors may lie beside the needed ones
+        self.first_stage_model = build_vae(sizes.vae).eval()
+        self.first_stage_model.load_state_dict(sd, strict=False)  # files may have additional tensors
         self.device = management.vae_device()
         self.vae_dtype = management.vae_dtype(self.device, self.working_dtypes)
         self.first_stage_model.to(self.vae_dtype)

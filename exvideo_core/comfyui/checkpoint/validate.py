@@ -1,10 +1,10 @@
-"""What an SVD checkpoint has to hold: the sizes of its three parts, and every tensor that the host's classes need.
+"""Reads the sizes of an SVD checkpoint's three parts and checks every tensor that ComfyUI's classes need.
 
-The host itself loads a file with missing tensors, leaves them as they happen to lie in memory, and says so in its log
-only. Here the whole layout is checked against the host's classes before anything is loaded.
+ComfyUI loads files with missing tensors, leaves these weights uninitialized, and reports it only in the log. Here the
+whole layout is checked against ComfyUI's classes before anything is loaded.
 
-The image encoder has OpenCLIP's names, as published, or those of transformers, as the host saves it. Saving keeps no
-metadata: `AnyWidthSVD` and the loader's image encoder put the numbers of heads among the tensors instead.
+The image encoder has OpenCLIP's names, as published, or those of transformers, as saved by ComfyUI. Saving drops the
+metadata, so `AnyWidthSVD` and the loader's image encoder store the numbers of attention heads as tensors instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLIP: str = comfy.supported_models.SVD_img2vid.clip_vision_prefix
 
 _SOURCE = "Use an SVD checkpoint, such as svd_xt.safetensors."
 _AGAIN = "It is incomplete, corrupted or belongs to another model. Download it again."
-#: SVD's own sizes, the only ones that the host's loader knows.
+#: The published sizes, the only ones that ComfyUI's loader recognizes.
 _SVD_CHANNELS = 320
 _SVD_CLIP_WIDTH = 1280
 _SVD_VAE = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
@@ -38,15 +38,14 @@ _SVD_CLIP = {"hidden_size": _SVD_CLIP_WIDTH, "intermediate_size": 5120, "num_hid
              "image_size": 224, "num_attention_heads": 16, "projection_dim": 1024}  # fmt: skip
 _FLOATS = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}
 
-
 HEAD_CHANNELS = "exvideo.num_head_channels"
 CLIP_HEADS = "exvideo.clip_num_attention_heads"
-#: The tensors that hold them in a file that the host has saved.
+#: The tensors that store them in files saved by ComfyUI.
 _SAVED_AS = {HEAD_CHANNELS: f"{UNET}{HEAD_CHANNELS}", CLIP_HEADS: f"{CLIP}{CLIP_HEADS}"}
 
 
 class AnyWidthSVD(comfy.supported_models.SVD_img2vid):
-    """The host's configuration of SVD, which saves what a file's shapes cannot tell beside the weights."""
+    """ComfyUI's configuration of SVD, which also saves the width of the attention heads: shapes do not show it."""
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         heads = torch.tensor(float(self.unet_config["num_head_channels"]))
@@ -55,26 +54,26 @@ class AnyWidthSVD(comfy.supported_models.SVD_img2vid):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Configurations that build the host's classes for a checkpoint.
+    """Configurations of ComfyUI's classes for a checkpoint.
 
     Attributes:
-        unet: as the host detects it, with the width of the attention heads.
-        vae: of encoder and decoder.
-        clip: of the image encoder, as in a `clip_vision_config.json`.
-        is_svd: these are SVD's own sizes, which the host's loader knows.
+        unet: as detected by ComfyUI, plus the width of the attention heads.
+        vae: parameters of encoder and decoder.
+        clip_vision: of the image encoder, as in a `clip_vision_config.json`.
+        is_published: whether all sizes are those of the published SVD, which ComfyUI's loader recognizes.
     """
 
     unet: dict[str, Any]
     vae: dict[str, Any]
-    clip: dict[str, Any]
-    is_svd: bool
+    clip_vision: dict[str, Any]
+    is_published: bool
 
 
 def read_sizes(path: str, header: Header) -> Sizes:
-    """Sizes of a checkpoint of which every tensor is there and of the shape that they ask for.
+    """Read the sizes of a checkpoint, and check that all tensors are present with matching shapes.
 
     Raises:
-        ModelFileError: it is no SVD checkpoint, or not a whole one.
+        ModelFileError: the file is not an SVD checkpoint, or not a complete one.
     """
     shapes = header.shapes
     if f"{UNET}input_blocks.1.1.time_stack.0.attn1.to_q.weight" not in shapes:
@@ -84,21 +83,21 @@ def read_sizes(path: str, header: Header) -> Sizes:
     try:
         metas = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         detected = comfy.model_detection.detect_unet_config(metas, UNET)
-        parts = {"UNet": _part(metas, UNET), "VAE": _part(metas, VAE), "CLIP vision model": converted_clip(metas)}
-        given = {key: int(value) for key, value in heads.items()}
-        unet = {**detected, "num_head_channels": given[HEAD_CHANNELS]}
+        parts = {"UNet": _part(metas, UNET), "VAE": _part(metas, VAE), "CLIP vision model": clip_vision_weights(metas)}
+        heads = {key: int(value) for key, value in heads.items()}
+        unet = {**detected, "num_head_channels": heads[HEAD_CHANNELS]}
         vae = _vae_sizes(parts["VAE"])
-        clip = _clip_sizes(parts["CLIP vision model"], given[CLIP_HEADS])
-        sizes = Sizes(unet, vae, clip, _is_svd(detected, given[HEAD_CHANNELS], vae, clip))
+        clip_vision = _clip_vision_sizes(parts["CLIP vision model"], heads[CLIP_HEADS])
+        sizes = Sizes(unet, vae, clip_vision, _is_published(detected, heads[HEAD_CHANNELS], vae, clip_vision))
         _check_heads(sizes)
         needed = {
             "UNet": unet_config(sizes.unet).get_model({}, device="meta").diffusion_model,
-            "VAE": vae_model(sizes.vae, "meta"),
+            "VAE": build_vae(sizes.vae, "meta"),
             "CLIP vision model": comfy.clip_model.CLIPVisionModelProjection(
-                clip, torch.float32, "meta", comfy.ops.manual_cast
+                clip_vision, torch.float32, "meta", comfy.ops.manual_cast
             ),
         }
-    except Exception as error:  # the host's detection and classes raise anything on sizes that fit no SVD
+    except Exception as error:  # ComfyUI's detection and classes raise all kinds of errors on wrong sizes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelFileError(
             path, f"does not have the sizes of a Stable Video Diffusion model ({reason}).", _AGAIN
@@ -110,15 +109,15 @@ def read_sizes(path: str, header: Header) -> Sizes:
 
 
 def unet_config(sizes: Mapping[str, Any]) -> AnyWidthSVD:
-    """The host's configuration of an SVD UNet of these sizes; its dtype is still to be chosen."""
+    """ComfyUI's configuration of an SVD UNet of these sizes; the caller chooses the inference dtype."""
     config = AnyWidthSVD(dict(sizes))
-    config.unet_config["num_head_channels"] = sizes["num_head_channels"]  # the class puts SVD's own there
+    config.unet_config["num_head_channels"] = sizes["num_head_channels"]  # the class sets SVD's default
     config.set_inference_dtype(torch.float32, None)
     return config
 
 
-def vae_model(sizes: dict[str, Any], device: str = "cpu") -> AutoencodingEngine:
-    """The host's VAE with SVD's temporal decoder, of these sizes."""
+def build_vae(sizes: dict[str, Any], device: str = "cpu") -> AutoencodingEngine:
+    """Build ComfyUI's VAE with SVD's temporal decoder in these sizes."""
     with torch.device(device):
         return AutoencodingEngine(
             regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
@@ -130,14 +129,14 @@ def vae_model(sizes: dict[str, Any], device: str = "cpu") -> AutoencodingEngine:
         )
 
 
-def converted_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The checkpoint's image encoder, named as the host's class has it, from either layout."""
+def clip_vision_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint's image encoder in either layout, renamed for ComfyUI's class."""
     kept = {key: value for key, value in tensors.items() if key.startswith(CLIP)}
     return comfy.clip_vision.convert_to_transformers(kept, CLIP)
 
 
 def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a file without a temporal VAE or an image encoder, before its sizes are read."""
+    """Reject a file without a temporal VAE or an image encoder."""
     decoder = f"{VAE}decoder."
     if f"{decoder}mid.block_1.mix_factor" not in shapes:
         if f"{decoder}conv_in.weight" in shapes:
@@ -153,10 +152,10 @@ def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _heads(path: str, header: Header) -> dict[str, Any]:
-    """What the file says of its attention heads, by the keys of `METADATA_DEFAULTS`.
+    """Read the numbers of attention heads, by the keys of `METADATA_DEFAULTS`.
 
-    Metadata come first, then the tensors that are saved by the host, then SVD's own numbers. A narrower model that the
-    host has saved without those tensors would be computed with wrong heads: it is refused.
+    Taken from the metadata, else from the tensors that ComfyUI saves, else SVD's defaults. A narrower model that was
+    saved without these tensors is rejected: it would run with the wrong number of heads.
     """
     from safetensors import safe_open
 
@@ -168,7 +167,7 @@ def _heads(path: str, header: Header) -> dict[str, Any]:
             elif header.shapes.get(name) == ():
                 found[key] = file.get_tensor(name).item()
     shapes = header.shapes
-    saved_by_host = f"{CLIP}conv1.weight" not in shapes
+    saved_by_comfyui = f"{CLIP}conv1.weight" not in shapes
     for key, what, name, width in (
         (HEAD_CHANNELS, "channels per attention head of the UNet", f"{UNET}input_blocks.0.0.weight", _SVD_CHANNELS),
         (
@@ -178,7 +177,7 @@ def _heads(path: str, header: Header) -> dict[str, Any]:
             _SVD_CLIP_WIDTH,
         ),
     ):
-        if saved_by_host and key not in found and shapes.get(name, (width,))[:1] != (width,):
+        if saved_by_comfyui and key not in found and shapes.get(name, (width,))[:1] != (width,):
             raise ModelFileError(
                 path,
                 f"does not give the number of {what}, which a model of this width needs.",
@@ -187,13 +186,15 @@ def _heads(path: str, header: Header) -> dict[str, Any]:
     return {**METADATA_DEFAULTS, **found}
 
 
-def _is_svd(detected: dict[str, Any], head_channels: int, vae: dict[str, Any], clip: dict[str, Any]) -> bool:
-    """Whether every part has SVD's own sizes."""
+def _is_published(
+    detected: dict[str, Any], head_channels: int, vae: dict[str, Any], clip_vision: dict[str, Any]
+) -> bool:
+    """Whether every part has the sizes of the published SVD."""
     return (
         comfy.supported_models.SVD_img2vid.matches(detected)
         and head_channels == METADATA_DEFAULTS[HEAD_CHANNELS]
         and all(vae[key] == value for key, value in _SVD_VAE.items())
-        and all(clip[key] == value for key, value in _SVD_CLIP.items())
+        and all(clip_vision[key] == value for key, value in _SVD_CLIP.items())
     )
 
 
@@ -219,7 +220,7 @@ def _vae_sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def _clip_sizes(tensors: Mapping[str, torch.Tensor], heads: int) -> dict[str, Any]:
+def _clip_vision_sizes(tensors: Mapping[str, torch.Tensor], heads: int) -> dict[str, Any]:
     patches = tensors["vision_model.embeddings.patch_embedding.weight"]
     tokens = tensors["vision_model.embeddings.position_embedding.weight"].shape[0]
     layers = {name.split(".")[3] for name in tensors if name.startswith("vision_model.encoder.layers.")}
@@ -238,10 +239,10 @@ def _clip_sizes(tensors: Mapping[str, torch.Tensor], heads: int) -> dict[str, An
 
 
 def _check_heads(sizes: Sizes) -> None:
-    channels, heads = sizes.unet["num_head_channels"], sizes.clip["num_attention_heads"]
+    channels, heads = sizes.unet["num_head_channels"], sizes.clip_vision["num_attention_heads"]
     for what, width, part in (
         ("channels per head", sizes.unet["model_channels"], channels),
-        ("heads", sizes.clip["hidden_size"], heads),
+        ("heads", sizes.clip_vision["hidden_size"], heads),
     ):
         if part < 1 or width % part:
             raise ValueError(f"{part} {what} at a width of {width}")

@@ -132,9 +132,9 @@ class PreviewPlayer:
                     return
                 shown = (shown + 1) % len(self._images)
                 assert self._format is not None
-                kind, most = self._format
+                kind, max_size = self._format
                 try:
-                    bar.update_absolute(*self._progress, (kind, self._images[shown], most))
+                    bar.update_absolute(*self._progress, (kind, self._images[shown], max_size))
                 except comfy.model_management.InterruptProcessingException:
                     # Raising this resets ComfyUI's interrupt flag, but it is the sampler that has to stop.
                     comfy.model_management.interrupt_current_processing()
@@ -158,9 +158,9 @@ class PreviewPlayer:
             self._thread.join()
 
 
-def _seconds_to_send(image: Image, kind: str, most: int | None) -> float:
+def _seconds_to_send(image: Image, kind: str, max_size: int | None) -> float:
     """The time that ComfyUI's server will need to encode an image."""
     began = time.perf_counter()
-    scaled = image if most is None else ImageOps.contain(image, (most, most))
+    scaled = image if max_size is None else ImageOps.contain(image, (max_size, max_size))
     scaled.save(io.BytesIO(), format=kind, quality=95)
     return time.perf_counter() - began

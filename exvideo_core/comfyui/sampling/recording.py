@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ..wrappers import StepCallback
 
 _KEY = "exvideo_recording"
-#: Runs are kept until newer ones take up so many bytes.
+#: Old runs are dropped if all runs together exceed this size.
 _MAX_BYTES = 2**30
-#: Least correlation of a run's result with a latent made from it, after changes of contrast.
+#: Minimum correlation of a run's result with a latent derived from it.
 _MIN_CORRELATION = 0.9
 
 
@@ -38,20 +38,22 @@ class Run:
 
     @property
     def nbytes(self) -> int:
+        """Size of all tensors, in bytes."""
         return self.result.nbytes + sum(x0.nbytes for x0 in self.x0.values())
 
 
 class Recording:
     """The runs of all samplers with one model.
 
-    ComfyUI caches samplers' results from one prompt to the next, and may run the same model in between: a latent is
-    shown with the run that made it, which need not be the last one.
+    ComfyUI caches results between prompts and may run the same model in the meantime, so that a latent's run is not
+    always the last one.
     """
 
     def __init__(self) -> None:
         self._runs: list[Run] = []
 
     def add(self, run: Run) -> None:
+        """Add a run, and drop old ones if the recording gets too large."""
         self._runs.append(run)
         while len(self._runs) > 1 and sum(each.nbytes for each in self._runs) > _MAX_BYTES:
             del self._runs[0]
@@ -131,6 +133,6 @@ def _on_cpu(video: torch.Tensor) -> torch.Tensor:
 
 
 def _correlation(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean correlation of two videos' frames, which changes of contrast and brightness leave at 1."""
+    """Mean correlation of the frames of two videos; contrast and brightness do not affect it."""
     centered = [video.flatten(1) - video.flatten(1).mean(1, keepdim=True) for video in (first, second)]
     return torch.nn.functional.cosine_similarity(*centered, dim=1, eps=1e-12).mean().item()
