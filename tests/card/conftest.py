@@ -37,13 +37,39 @@ from runner.server import Prompt, Server  # noqa: E402
 
 card_applies.enable_dynamic_vram()
 
+#: A leak of address space showed at the 48th.
+APPLIES = "200" if "EXVIDEO_EVERY_TEST" in os.environ else "60"
 LONG_RUNS = {
     "test_the_cuda_tier_passes": [
         "-m", "pytest", "tests/cuda", "-p", "runner.simulated_card.plugin", "-q", "-p", "no:cacheprovider",
     ],
-    "test_two_hundred_applies_in_one_process": ["tests/card_applies.py", str(HOST), "200"],
+    "test_applies_in_one_process_do_not_exhaust_its_address_space": ["tests/card_applies.py", str(HOST), APPLIES],
 }  # fmt: skip
 _running: dict[str, tuple[subprocess.Popen[str], IO[str]]] = {}
+
+
+#: Memory modes that every run tests; the others are nightly.
+EVERY_RUN = ("static", "dynamic", "pressure")
+#: Tests that every run makes in each of these modes; it makes the others in "dynamic" only.
+IN_EACH_MODE = ("test_each_mode_of_memory", "test_the_modes_are_what_they_are_called")
+#: Workflows that take longest, and those that the host tier covers as well.
+NIGHTLY_WORKFLOWS = ("exvideo_second_pass", "exvideo_compare", "exvideo_first_last_frame", "exvideo_long_video")
+
+
+def _is_nightly(item: pytest.Item) -> bool:
+    """Whether a test repeats in another mode, place or workflow what shorter ones show."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    mode = params.get("mode")
+    if mode is None:
+        return False
+    wanted = EVERY_RUN if item.originalname in IN_EACH_MODE else ("dynamic",)
+    return mode not in wanted or params.get("place") == "before" or params.get("name") in NIGHTLY_WORKFLOWS
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if _is_nightly(item):
+        item.add_marker(pytest.mark.nightly)
 
 
 @pytest.hookimpl(trylast=True)
