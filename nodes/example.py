@@ -23,8 +23,7 @@ class ExVideoExamplePicture(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Determines positions, shapes, colors and speed. Seeds below 10,000,000 were used for "
-                    "training.",
+                    tooltip="Determines positions, shapes, colors and speed. Training used seeds below 10,000,000.",
                 ),
             ],
             outputs=[
