@@ -12,7 +12,7 @@ def main() -> int:
     import torch
 
     from exvideo_core.diffusers import checkpoint, patch
-    from exvideo_core.diffusers.sampling import make_clip
+    from exvideo_core.diffusers.sampling import generate_video
     from exvideo_core.method.extension import Extension
     from exvideo_core.post_tuning.videos import write_video
     from small_model import recipe, world
@@ -23,7 +23,7 @@ def main() -> int:
     clip = world.sample(nodes["ExVideoExamplePicture"]["seed"])
     svd = checkpoint.load(recipe.CHECKPOINT)
     patch.apply(svd.unet, Extension.load(recipe.EXTENSION))
-    video = make_clip(
+    video = generate_video(
         svd,
         torch.from_numpy(world.render(clip, 1)),
         frames=conditioning["frames"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from exvideo_core.diffusers.sampling import decode, make_clip
+from exvideo_core.diffusers.sampling import decode, generate_video
 from exvideo_core.post_tuning.loss import denoise
 from exvideo_core.post_tuning.samples import Encoder
 
@@ -36,7 +36,7 @@ def make_in_windows(svd: SVD, clip: world.Clip, frames: int, window: int, seed: 
 
 
 def _continue(svd: SVD, picture: np.ndarray, bucket: int, frames: int, seed: int, steps: int) -> np.ndarray:
-    video = make_clip(
+    video = generate_video(
         svd, torch.from_numpy(picture), frames=frames, fps=FPS, motion_bucket_id=bucket, steps=steps, seed=seed
     )
     return video.astype(np.float32) / 255

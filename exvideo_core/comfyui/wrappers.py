@@ -72,13 +72,13 @@ def limit_estimate(
     """A PREPARE_SAMPLING wrapper by which memory is reserved for one window or tile instead of the whole video.
 
     Args:
-        frames: most frames of a call T (default: all).
-        height, width: largest size of a call H, W, in latent pixels (default: all).
+        frames: maximum number of frames T of a call (default: all).
+        height, width: maximum size of a call, in latent pixels (default: all).
     """
     limits = (frames, None, height, width)
 
     def wrapper(executor: Any, model: ModelPatcher, noise_shape: Sequence[int], *rest: Any, **named: Any) -> Any:  # noqa: ANN401
-        largest = [size if most is None else min(size, most) for size, most in zip(noise_shape, limits, strict=True)]
+        largest = [size if limit is None else min(size, limit) for size, limit in zip(noise_shape, limits, strict=True)]
         return executor(model, largest, *rest, **named)
 
     return wrapper

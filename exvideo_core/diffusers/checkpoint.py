@@ -1,4 +1,4 @@
-"""SVD between a single file and diffusers' classes, of any size."""
+"""Loads and saves SVD of any size, as a single file or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..files.safetensors_header import ModelFileError, read_header
 from ..method.tensor_names import METADATA_DEFAULTS
 from . import names
 
-SCALING_FACTOR = 0.18215  # of SVD's latents
-_SOURCE = "Use an SVD checkpoint, such as svd_xt.safetensors, or a diffusers folder of it."
+SCALING_FACTOR = 0.18215  # of SVD's VAE
+_SOURCE = "Use an SVD checkpoint, such as svd_xt.safetensors, or a diffusers folder."
 
 
 @dataclass(frozen=True)
 class SVD:
-    """A whole Stable Video Diffusion model in diffusers' and transformers' classes."""
+    """A Stable Video Diffusion model in classes of diffusers and transformers."""
 
     unet: UNetSpatioTemporalConditionModel
     vae: AutoencoderKLTemporalDecoder
@@ -29,15 +29,17 @@ class SVD:
 
     @property
     def frames(self) -> int:
-        """Frames that the model was trained for."""
+        """Number of frames that the model was trained for."""
         return int(self.unet.config.num_frames)
 
 
 def load(path: str | os.PathLike[str]) -> SVD:
-    """Load SVD from a single safetensors file or a diffusers folder, in float32 on the CPU.
+    """Load SVD from a single safetensors file or a diffusers folder, onto the CPU.
+
+    Single files are converted to float32.
 
     Raises:
-        ModelFileError: it is neither, or incomplete.
+        ModelFileError: `path` is neither, or is incomplete.
     """
     return _load_folder(Path(path)) if os.path.isdir(path) else _load_file(path)
 
@@ -129,12 +131,15 @@ def _image_encoder(tensors: Mapping[str, torch.Tensor], heads: int) -> CLIPVisio
 
 
 def save(model: SVD, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
-    """Write a model as a single SVD file, in the layout that ComfyUI and others read.
+    """Save a model as a single file in the original SVD layout, which ComfyUI reads.
 
-    The UNet must not carry an extension: those have a file of their own.
+    Args:
+        model: the model, without an extension; save that with `patch.collect(unet).save(path)`.
+        path: the file.
+        dtype: dtype of the weights in the file.
 
     Raises:
-        ValueError: the model does not fit a single file.
+        ValueError: the UNet has an extension, or its attention heads differ in width.
     """
     from safetensors.torch import save_file
 

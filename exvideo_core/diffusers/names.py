@@ -1,8 +1,8 @@
-"""Names of SVD's weights: the single-file checkpoint's and diffusers', both ways and exact.
+"""Converts the names of SVD's weights between single-file checkpoints and diffusers, without loss.
 
-A single file holds `model.diffusion_model.` (UNet), `first_stage_model.` (VAE) and
-`conditioner.embedders.0.open_clip.model.visual.` (image encoder); diffusers keeps each in a folder of its own.
-The maps are built from the structure (levels, layers per level), so they serve an SVD of any size.
+A single file contains `model.diffusion_model.` (UNet), `first_stage_model.` (VAE) and
+`conditioner.embedders.0.open_clip.model.visual.` (image encoder); diffusers keeps each in a separate folder. The names
+are derived from the model's structure (levels and layers per level), so they apply to SVD models of any size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "conditioner.embedders.0.open_clip.model.visual."
 
-#: The transformers in the order of `layouts.SVD_TRANSFORMERS`, by their names in diffusers' UNet.
+#: Names in diffusers' UNet of the transformers, in the order of `tensor_names.SVD_TRANSFORMERS`.
 TRANSFORMERS: tuple[str, ...] = (
     *(f"down_blocks.{level}.attentions.{layer}" for level in range(3) for layer in range(2)),
     "mid_block.attentions.0",
@@ -37,7 +37,7 @@ _TRANSFORMER_PARTS = (
     ("time_pos_embed.2", "time_pos_embed.linear_2"),
     *((name, name) for name in ("norm", "proj_in", "proj_out", "transformer_blocks.0", "time_mixer")),
 )
-_LAYERS, _LEVELS = 2, 4  # of SVD's UNet, whatever its widths
+_LAYERS, _LEVELS = 2, 4  # of SVD's UNet
 
 
 def _res_block(svd: str, diffusers: str) -> Iterator[tuple[str, str]]:
@@ -73,8 +73,8 @@ def _unet_modules() -> Iterator[tuple[str, str]]:
             yield from _res_block(f"output_blocks.{first + layer}.0", f"up_blocks.{level}.resnets.{layer}")
             if level:
                 yield from _transformer(f"output_blocks.{first + layer}.1", f"up_blocks.{level}.attentions.{layer}")
-        place = 2 if level else 1  # the first level up has no transformers before its upsampler
-        yield f"output_blocks.{first + _LAYERS}.{place}.conv", f"up_blocks.{level}.upsamplers.0.conv"
+        index = 2 if level else 1  # the first level has no transformer before its upsampler
+        yield f"output_blocks.{first + _LAYERS}.{index}.conv", f"up_blocks.{level}.upsamplers.0.conv"
     yield "out.0", "conv_norm_out"
     yield "out.2", "conv_out"
 
@@ -87,7 +87,7 @@ def _vae_res_block(svd: str, diffusers: str, temporal: bool) -> Iterator[tuple[s
     if temporal:
         for theirs, ours in _RES_PARTS:
             yield f"{svd}.time_stack.{theirs}", f"{diffusers}.temporal_res_block.{ours}"
-        yield svd, f"{diffusers}.time_mixer"  # mix_factor lies on the block itself
+        yield svd, f"{diffusers}.time_mixer"  # mix_factor is a parameter of the block itself
 
 
 def _vae_modules(levels: int, layers: int) -> Iterator[tuple[str, str]]:
@@ -111,7 +111,7 @@ def _vae_modules(levels: int, layers: int) -> Iterator[tuple[str, str]]:
             down = f"encoder.down_blocks.{level}"
             yield from _vae_res_block(f"encoder.down.{level}.block.{layer}", f"{down}.resnets.{layer}", False)
         yield f"encoder.down.{level}.downsample.conv", f"encoder.down_blocks.{level}.downsamplers.0.conv"
-        up = f"decoder.up_blocks.{levels - 1 - level}"  # the checkpoint counts levels from the finest
+        up = f"decoder.up_blocks.{levels - 1 - level}"  # the checkpoint counts from the finest level
         for layer in range(layers + 1):
             yield from _vae_res_block(f"decoder.up.{level}.block.{layer}", f"{up}.resnets.{layer}", True)
         yield f"decoder.up.{level}.upsample.conv", f"{up}.upsamplers.0.conv"
@@ -124,7 +124,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _rename(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, str], what: str) -> dict[str, torch.Tensor]:
-    """Replace the longest known beginning of every name."""
+    """Replace the longest known module prefix of every name."""
     renamed, unknown = {}, []
     for name, tensor in tensors.items():
         module, tail = _split(name)
@@ -141,12 +141,16 @@ def _rename(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, str], wha
 
 
 def unet_to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """UNet weights named as under `model.diffusion_model.` -> diffusers' `UNetSpatioTemporalConditionModel`."""
+    """Convert UNet weights (names under `model.diffusion_model.`) to diffusers' `UNetSpatioTemporalConditionModel`.
+
+    Raises:
+        ValueError: there are unknown tensors.
+    """
     return _rename(tensors, dict(_unet_modules()), "UNet")
 
 
 def unet_to_svd(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `unet_to_diffusers`."""
+    """Inverse of `unet_to_diffusers`."""
     return _rename(tensors, {ours: theirs for theirs, ours in _unet_modules()}, "UNet")
 
 
@@ -156,9 +160,12 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 
 def vae_to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """VAE weights named as under `first_stage_model.` -> diffusers' `AutoencoderKLTemporalDecoder`.
+    """Convert VAE weights (names under `first_stage_model.`) to diffusers' `AutoencoderKLTemporalDecoder`.
 
-    The checkpoint has no layer between encoder and latents; diffusers' class has one (`quant_conv`): an identity.
+    diffusers' class has an additional layer between encoder and latents, `quant_conv`, which becomes an identity.
+
+    Raises:
+        ValueError: there are unknown tensors, or layers that diffusers' class cannot represent.
     """
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     layers = _count(tensors, r"encoder\.down\.0\.block\.(\d+)\.")
@@ -166,7 +173,7 @@ def vae_to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         tensors = _without_second_half(tensors)
     renamed = _rename(tensors, dict(_vae_modules(levels, layers)), "VAE")
     for name, tensor in renamed.items():
-        if ".attentions." in name and tensor.ndim == 4:  # 1x1 convolutions there, linear layers here
+        if ".attentions." in name and tensor.ndim == 4:  # 1x1 convolutions become linear layers
             renamed[name] = tensor[:, :, 0, 0]
     moments = renamed["encoder.conv_out.bias"]
     if "quant_conv.weight" not in renamed:
@@ -176,10 +183,10 @@ def vae_to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def vae_to_svd(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `vae_to_diffusers`.
+    """Inverse of `vae_to_diffusers`.
 
     Raises:
-        ValueError: `quant_conv` is no identity, and a checkpoint has no place for it.
+        ValueError: `quant_conv` is not an identity, so a checkpoint cannot store it.
     """
     weight, bias = tensors["quant_conv.weight"], tensors["quant_conv.bias"]
     if not torch.equal(weight[:, :, 0, 0], torch.eye(len(bias)).to(weight)) or bias.any():
@@ -196,9 +203,8 @@ def vae_to_svd(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-# With one layer a level, the middle of diffusers' decoder ends after its first block, and its attention is never
-# called; SVD's own decoder always goes on with attention and a second block. There both are written as layers that
-# add nothing: what they end with is zero.
+# With one layer per level, the middle of diffusers' decoder consists of its first block only. SVD's decoder always has
+# attention and a second block, which are saved with zeros in their last layers, so that they add nothing.
 _SECOND_BLOCK = "decoder.mid.block_2."
 _LAST = ("decoder.mid.attn_1.proj_out.", f"{_SECOND_BLOCK}conv2.", f"{_SECOND_BLOCK}time_stack.out_layers.3.")
 
@@ -248,7 +254,7 @@ def _clip_names(layers: int) -> dict[str, str]:
 
 
 def clip_to_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """OpenCLIP's vision tower -> transformers' `CLIPVisionModelWithProjection`."""
+    """Convert OpenCLIP's vision tower to transformers' `CLIPVisionModelWithProjection`."""
     layers = _count(tensors, r"transformer\.resblocks\.(\d+)\.")
     renamed = {ours: tensors[theirs] for theirs, ours in _clip_names(layers).items()}
     renamed["visual_projection.weight"] = tensors["proj"].T.contiguous()
@@ -261,7 +267,7 @@ def clip_to_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 
 def clip_to_svd(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `clip_to_transformers`."""
+    """Inverse of `clip_to_transformers`."""
     layers = _count(tensors, r"vision_model\.encoder\.layers\.(\d+)\.")
     renamed = {theirs: tensors[ours] for theirs, ours in _clip_names(layers).items()}
     renamed["proj"] = tensors["visual_projection.weight"].T.contiguous()

@@ -1,4 +1,4 @@
-"""The extension on diffusers' `UNetSpatioTemporalConditionModel`, for sampling and for training."""
+"""Applies an extension to diffusers' `UNetSpatioTemporalConditionModel`, for inference and training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .names import TRANSFORMERS
 
 
 def _shared_names() -> dict[str, str]:
-    """Name under the SVD transformer -> under diffusers' transformer, for the 30 tensors of a block."""
+    """Build `SHARED`."""
     return {
         svd: svd.replace("time_stack.0", "temporal_transformer_blocks.0")
         .replace("time_pos_embed.0", "time_pos_embed.linear_1")
@@ -26,10 +26,10 @@ def _shared_names() -> dict[str, str]:
     }
 
 
-#: Name under the SVD transformer -> under diffusers' transformer.
+#: Name under the SVD transformer -> name under diffusers' transformer, for the 30 tensors of a block.
 SHARED: Mapping[str, str] = _shared_names()
 
-#: An extension's parameters by their names in an extended UNet.
+#: Names of an extension's parameters in an extended UNet.
 EXTENSION_PARAMETERS = frozenset(
     f"{transformer}.{name}"
     for transformer in TRANSFORMERS
@@ -40,8 +40,13 @@ EXTENSION_PARAMETERS = frozenset(
 class ExtendedTransformer(TransformerSpatioTemporalModel):
     """diffusers' spatio-temporal transformer with a position table and a 3-D convolution (paper section 3.2).
 
-    Shares every module of the transformer that it replaces and adds the parameters `positions` [F, C] and
-    `positional_conv`. The temporal block reads, and adds its result to, `conv(x + time_pos_embed(table[frame]))`.
+    Shares all modules of the transformer that it replaces and adds the parameters `positions` [F, C] and
+    `positional_conv`. Input and residual of the temporal block are `conv(x + time_pos_embed(positions))`.
+
+    Args:
+        base: the transformer to replace.
+        weights: weights of the extension's block.
+        mode: how trained positions are assigned to frames, see `positions.table_for`.
     """
 
     def __init__(self, base: TransformerSpatioTemporalModel, weights: BlockWeights, mode: PositionMode) -> None:
@@ -58,21 +63,21 @@ class ExtendedTransformer(TransformerSpatioTemporalModel):
         self.positional_conv.weight = torch.nn.Parameter(weights.conv_weight.to(like, copy=True))
         self.positional_conv.bias = torch.nn.Parameter(weights.conv_bias.to(like, copy=True))
 
-    def _checkpointed(self, module: torch.nn.Module, *arguments: object) -> torch.Tensor:
+    def _checkpointed(self, module: torch.nn.Module, *args: object) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(module, *arguments)
-        return module(*arguments)
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)
 
-    def forward(  # noqa: D102 - the base's contract
+    def forward(  # noqa: D102 - as in the base class
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         image_only_indicator: torch.Tensor,
-        return_dict: bool = True,  # noqa: ARG002 - as in the base, whose callers ask for a tuple
+        return_dict: bool = True,  # noqa: ARG002 - diffusers always asks for a tuple
     ) -> tuple[torch.Tensor]:
         height, width = hidden_states.shape[-2:]
         frames = image_only_indicator.shape[-1]
-        # Every place of a clip reads the clip's own image embedding, which is the same for all its frames.
+        # All pixels of a video attend to its image embedding, which is the same for all frames.
         time_context = encoder_hidden_states[::frames].repeat_interleave(height * width, dim=0)
         tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)
         tokens = self.proj_in(tokens)
@@ -80,18 +85,18 @@ class ExtendedTransformer(TransformerSpatioTemporalModel):
         for spatial, temporal in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
             tokens = self._checkpointed(spatial, tokens, None, encoder_hidden_states, None)
             sequences = positional_convolution(tokens, shift, self.positional_conv, height, width)
-            moving = sequences.unflatten(0, (-1, height * width)).transpose(1, 2).flatten(0, 1)
-            moving = self._checkpointed(temporal, moving, frames, time_context)
-            tokens = self.time_mixer(x_spatial=tokens, x_temporal=moving, image_only_indicator=image_only_indicator)
+            by_frame = sequences.unflatten(0, (-1, height * width)).transpose(1, 2).flatten(0, 1)
+            by_frame = self._checkpointed(temporal, by_frame, frames, time_context)
+            tokens = self.time_mixer(x_spatial=tokens, x_temporal=by_frame, image_only_indicator=image_only_indicator)
         tokens = self.proj_out(tokens)
         return (tokens.transpose(1, 2).unflatten(2, (height, width)) + hidden_states,)
 
 
-def transformers_of(unet: UNetSpatioTemporalConditionModel) -> list[TransformerSpatioTemporalModel]:
-    """The 16 transformers in the order of an extension's blocks.
+def find_transformers(unet: UNetSpatioTemporalConditionModel) -> list[TransformerSpatioTemporalModel]:
+    """The UNet's 16 transformers, in the order of an extension's blocks.
 
     Raises:
-        ValueError: the model is no SVD UNet of four levels with two layers each.
+        ValueError: the UNet does not have SVD's layout of four levels with two layers each.
     """
     try:
         return [unet.get_submodule(name) for name in TRANSFORMERS]
@@ -100,23 +105,32 @@ def transformers_of(unet: UNetSpatioTemporalConditionModel) -> list[TransformerS
 
 
 def base_weights(unet: UNetSpatioTemporalConditionModel) -> list[dict[str, torch.Tensor]]:
-    """The 30 temporal weights of each transformer, by their names under the SVD transformer."""
+    """The 30 temporal weights of each of the 16 transformers, by their names under the SVD transformer.
+
+    Raises:
+        ValueError: the UNet does not have SVD's layout.
+    """
     found = []
-    for transformer in transformers_of(unet):
+    for transformer in find_transformers(unet):
         state = transformer.state_dict()
         found.append({svd: state[ours] for svd, ours in SHARED.items()})
     return found
 
 
 def sizes(unet: UNetSpatioTemporalConditionModel) -> tuple[list[int], int]:
-    """Channels of the 16 transformers, and the width of the image embedding that they read."""
-    targets = transformers_of(unet)
-    context = targets[0].temporal_transformer_blocks[0].attn2.to_k.weight.shape[1]
-    return [target.in_channels for target in targets], context
+    """Channels of the 16 transformers, and the width of the image embedding that they attend to.
+
+    Raises:
+        ValueError: the UNet does not have SVD's layout.
+    """
+    transformers = find_transformers(unet)
+    context_dim = transformers[0].temporal_transformer_blocks[0].attn2.to_k.weight.shape[1]
+    return [transformer.in_channels for transformer in transformers], context_dim
 
 
 def is_extended(unet: UNetSpatioTemporalConditionModel) -> bool:
-    return isinstance(transformers_of(unet)[0], ExtendedTransformer)
+    """Whether an extension is applied to a UNet."""
+    return isinstance(find_transformers(unet)[0], ExtendedTransformer)
 
 
 def apply(
@@ -124,30 +138,36 @@ def apply(
     extension: Extension,
     mode: PositionMode = "trained",
 ) -> None:
-    """Put an extension into a UNet, in place: its 16 transformers' temporal weights, tables and convolutions.
+    """Apply an extension to a UNet, in place.
+
+    Args:
+        unet: an SVD UNet with the extension's widths.
+        extension: the extension.
+        mode: how trained positions are assigned to frames, see `positions.table_for`.
 
     Raises:
-        ValueError: the extension does not fit, or the UNet carries one already.
+        ValueError: the extension does not fit, or the UNet already has one.
     """
-    targets = transformers_of(unet)
+    transformers = find_transformers(unet)
     if is_extended(unet):
         raise ValueError("This UNet already has an extension. Load the base model again.")
     extension.check_fits(*sizes(unet))
-    for name, target, weights in zip(TRANSFORMERS, targets, extension.blocks, strict=True):
-        extended = ExtendedTransformer(target, weights, mode)
+    for name, transformer, weights in zip(TRANSFORMERS, transformers, extension.blocks, strict=True):
+        extended = ExtendedTransformer(transformer, weights, mode)
         state = {ours: weights.shared[svd] for svd, ours in SHARED.items()}
         with torch.no_grad():
             for parameter_name, value in state.items():
                 extended.get_parameter(parameter_name).copy_(value)
-        owner, _, index = name.rpartition(".")
-        unet.get_submodule(owner)[int(index)] = extended
+        parent, _, index = name.rpartition(".")
+        unet.get_submodule(parent)[int(index)] = extended
 
 
 def collect(unet: UNetSpatioTemporalConditionModel, state: Mapping[str, torch.Tensor] | None = None) -> Extension:
-    """The extension that a UNet carries.
+    """Collect the extension's weights from an extended UNet.
 
     Args:
-        state: the UNet's tensors by name, where they are not the module's own (a moving average, gathered shards).
+        unet: a UNet with an extension.
+        state: state dict to use instead of the UNet's own, such as a moving average or gathered shards.
     """
     state = unet.state_dict() if state is None else state
     blocks = [

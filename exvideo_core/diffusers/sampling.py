@@ -1,4 +1,4 @@
-"""Makes clips with diffusers' own `StableVideoDiffusionPipeline`, extended or not."""
+"""Generates videos with diffusers' `StableVideoDiffusionPipeline`, with or without an extension."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checkpoint import SVD
 
 
 def pipeline(svd: SVD) -> StableVideoDiffusionPipeline:
-    """diffusers' pipeline around a model, with SVD's scheduler (Karras noise levels from 700 to 0.002, Euler)."""
+    """Build diffusers' pipeline with SVD's scheduler (Euler, Karras noise levels from 700 to 0.002)."""
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -35,7 +35,7 @@ def pipeline(svd: SVD) -> StableVideoDiffusionPipeline:
 
 
 @torch.no_grad()
-def make_clip(
+def generate_video(
     svd: SVD,
     image: torch.Tensor,
     *,
@@ -48,20 +48,25 @@ def make_clip(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """A clip that begins with a picture.
+    """Generate a video from an image.
 
     Args:
-        svd: the model; its UNet may carry an extension (`patch.apply`).
-        image: the first frame [1, H, W, 3] in 0..1; its size is the clip's.
-        frames: length of the clip.
-        guidance: classifier-free guidance of the first and the last frame.
-        progress: called with (step done, steps) after each step; what it raises cancels the run.
+        svd: the model, with or without an extension (`patch.apply`).
+        image: the first frame [1, H, W, 3] in 0..1, in the size of the video.
+        frames: length of the video.
+        fps: frame rate that the model is conditioned on.
+        motion_bucket_id: amount of motion that the model is conditioned on, 0 to 127 in training.
+        noise_aug_strength: noise added to the image that conditions the model.
+        steps: number of denoising steps.
+        guidance: classifier-free guidance scale of the first and last frame.
+        seed: seed of the noise.
+        progress: called with (finished step, steps) after each step; an exception cancels the run.
 
     Returns:
         uint8 [frames, H, W, 3].
     """
 
-    def done(_: object, index: int, __: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def on_step_end(_: object, index: int, __: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if progress is not None:
             progress(index + 1, steps)
         return tensors
@@ -69,7 +74,7 @@ def make_clip(
     pipe = pipeline(svd)
     pipe.set_progress_bar_config(disable=True)
     height, width = image.shape[1:3]
-    # As a PIL picture: of a tensor the pipeline expects that it has CLIP's size already.
+    # A PIL image, because the pipeline does not resize tensors for CLIP.
     pixels = (image[0] * 255).round().clamp(0, 255).byte().cpu().numpy()
     result = pipe(
         Image.fromarray(pixels),
@@ -83,33 +88,36 @@ def make_clip(
         motion_bucket_id=motion_bucket_id,
         noise_aug_strength=noise_aug_strength,
         generator=torch.Generator().manual_seed(seed),
-        callback_on_step_end=done,
+        callback_on_step_end=on_step_end,
         output_type="latent",
     )
     return (decode(svd, result.frames[0]) * 255).round().astype(np.uint8)
 
 
 @torch.no_grad()
-def decode(svd: SVD, latents: torch.Tensor, chunk_frames: int = 24, overlap_frames: int = 12) -> np.ndarray:
-    """Decode a clip in overlapped chunks of frames, as the node ExVideoDecode does by default.
+def decode(svd: SVD, latents: torch.Tensor, segment_frames: int = 24, overlap_frames: int = 12) -> np.ndarray:
+    """Decode a video in overlapping segments, as the ExVideo Decode node does by default.
 
-    The pipeline's own chunks stand end to end, and pictures jump at every border.
+    The pipeline's own chunks do not overlap, so that images jump from one chunk to the next.
 
     Args:
-        latents: as the UNet makes them, scaled by the VAE's factor [T, 4, H, W].
+        svd: the model.
+        latents: the UNet's latents, scaled by the VAE's factor [T, 4, H, W].
+        segment_frames: frames per segment.
+        overlap_frames: frames that neighboring segments share.
 
     Returns:
-        0..1 [T, 8 H, 8 W, 3] in float32.
+        float32 [T, 8 H, 8 W, 3] in 0..1.
     """
     frames = len(latents)
     unscaled = latents / svd.vae.config.scaling_factor
-    video, total = None, torch.zeros(frames, 1, 1, 1)
-    for start, end in split_segments(frames, chunk_frames, overlap_frames):
+    video, weight_sum = None, torch.zeros(frames, 1, 1, 1)
+    for start, end in split_segments(frames, segment_frames, overlap_frames):
         pixels = svd.vae.decode(unscaled[start:end], num_frames=end - start).sample.float().cpu()
         weights = segment_weights(start, end, frames, overlap_frames, "smooth").view(-1, 1, 1, 1)
         if video is None:
             video = pixels.new_zeros(frames, *pixels.shape[1:])
         video[start:end] += pixels * weights
-        total[start:end] += weights
-    assert video is not None  # a clip has at least one frame, hence one chunk
-    return ((video / total + 1) / 2).clamp(0, 1).movedim(1, -1).numpy()
+        weight_sum[start:end] += weights
+    assert video is not None  # a video has at least one frame, hence one segment
+    return ((video / weight_sum + 1) / 2).clamp(0, 1).movedim(1, -1).numpy()

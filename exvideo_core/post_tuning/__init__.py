@@ -1,4 +1,4 @@
-"""Post-tuning: makes an ExVideo extension for an SVD model from a folder of videos (paper section 3.3).
+"""Post-tuning: trains an ExVideo extension for an SVD model on a folder of videos (paper section 3.3).
 
-Start it with `python -m exvideo_core.post_tuning --help`.
+See `python -m exvideo_core.post_tuning --help`.
 """

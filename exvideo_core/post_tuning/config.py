@@ -1,4 +1,4 @@
-"""What a post-tuning run is told: a YAML file, each value of which the command line can replace."""
+"""Settings of a post-tuning run, from a YAML file and the command line."""
 
 from __future__ import annotations
 
@@ -11,60 +11,64 @@ from typing import Any, Literal
 
 
 class ConfigError(ValueError):
-    """A setting is missing or wrong; the message says which and what to do."""
+    """A setting is missing or invalid. The message names the setting and the remedy."""
 
 
-def _setting(default: Any, text: str) -> Any:  # noqa: ANN401 - the field's own type
+def _setting(default: Any, text: str) -> Any:  # noqa: ANN401 - any setting's type
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. The defaults are the published recipe (paper section 4.1 and the reference's script)."""
+    """Settings of a run. The defaults follow the published recipe (paper section 4.1 and the reference's script)."""
 
-    base: str = _setting("", "SVD model: a single .safetensors file or a diffusers folder")
-    data: str = _setting("", "folder of videos, with or without a metadata.json")
-    out: str = _setting("", "folder for checkpoints, logs, sample clips and the finished extension")
-    init: str = _setting("", "extension to start from (default: an untrained one)")
+    base: str = _setting("", "SVD model, as a .safetensors file or a diffusers folder")
+    data: str = _setting("", "folder of training videos, optionally with a metadata.json")
+    out: str = _setting("", "output folder for checkpoints, logs, sample videos and the extension")
+    init: str = _setting("", "extension to start from (default: untrained)")
 
-    frames: int = _setting(128, "frames of a training clip, and of the extension")
-    width: int = _setting(512, "pixels, a multiple of 64")
-    height: int = _setting(512, "pixels, a multiple of 64")
-    interval: int = _setting(1, "take every n-th frame of a video")
-    fps: int = _setting(30, "frames per second that the model is told")
-    motion_bucket_id: int = _setting(-1, "motion bucket of every clip (-1: metadata.json's, or else measured)")
-    cache: bool = _setting(True, "encode every video once, before training, and keep the latents")
-    cache_folder: str = _setting("", "where they are kept; runs may share it (default: OUT/cache)")
+    frames: int = _setting(128, "frames per training clip, and frames of the extension")
+    width: int = _setting(512, "width in pixels, a multiple of 64")
+    height: int = _setting(512, "height in pixels, a multiple of 64")
+    interval: int = _setting(1, "use every n-th frame of a video")
+    fps: int = _setting(30, "frame rate that the model is conditioned on")
+    motion_bucket_id: int = _setting(-1, "motion bucket of all clips (-1: from metadata.json, or else measured)")
+    cache: bool = _setting(True, "encode all videos before training and cache their latents")
+    cache_folder: str = _setting("", "folder of the cache, which several runs can share (default: OUT/cache)")
 
     train_positions: bool = _setting(True, "train the position tables")
     train_convolution: bool = _setting(True, "train the 3-D convolutions")
-    train_attention: bool = _setting(True, "train the rest of the temporal blocks")
+    train_attention: bool = _setting(True, "train all other weights of the temporal blocks")
 
     steps: int = _setting(20_000, "optimizer steps")
-    accumulation: int = _setting(1, "clips per optimizer step and process")
-    learning_rate: float = _setting(1e-5, "of AdamW")
-    positions_rate: float = _setting(1.0, "learning rate of the position tables, as a multiple")
-    warmup: int = _setting(0, "steps over which the learning rate rises from 0")
-    schedule: Literal["constant", "cosine"] = _setting("constant", "learning rate after the warm-up")
-    weight_decay: float = _setting(0.01, "of AdamW")
-    adam_epsilon: float = _setting(1e-8, "of AdamW: gradients well below it move a weight in proportion")
-    clip_gradients: float = _setting(0.0, "largest norm of the gradient (0: unlimited)")
-    contrast: float = _setting(1.01, "target latents are multiplied by this")
-    ema: float = _setting(0.9, "share that the moving average keeps at each update")
+    accumulation: int = _setting(1, "gradient accumulation: clips per optimizer step and process")
+    learning_rate: float = _setting(1e-5, "learning rate of AdamW")
+    positions_rate: float = _setting(1.0, "factor on the learning rate for the position tables")
+    warmup: int = _setting(0, "warm-up steps, in which the learning rate rises from 0")
+    schedule: Literal["constant", "cosine"] = _setting("constant", "learning rate schedule after warm-up")
+    weight_decay: float = _setting(0.01, "weight decay of AdamW")
+    adam_epsilon: float = _setting(1e-8, "epsilon of AdamW")
+    clip_gradients: float = _setting(0.0, "maximum gradient norm (0: unlimited)")
+    contrast: float = _setting(1.01, "factor on the target latents")
+    ema: float = _setting(0.9, "decay of the moving average (EMA) per update")
     ema_every: int = _setting(500, "steps between updates of the moving average")
-    eight_bit_adam: bool = _setting(False, "optimizer states in 8 bits (needs bitsandbytes and an NVIDIA GPU)")
-    gradient_checkpointing: bool = _setting(True, "recompute activations: far less memory, a third more time")
+    eight_bit_adam: bool = _setting(False, "use 8-bit AdamW (requires bitsandbytes and an NVIDIA GPU)")
+    gradient_checkpointing: bool = _setting(True, "recompute activations: much less memory, a third more time")
     mixed_precision: Literal["no", "fp16", "bf16"] = _setting("fp16", "precision of the UNet's computation")
-    seed: int = _setting(0, "of clips, windows and noise")
+    seed: int = _setting(0, "seed of clips and noise")
 
     save_every: int = _setting(500, "steps between checkpoints")
-    keep: int = _setting(2, "checkpoints that are kept")
-    sample_every: int = _setting(0, "steps between sample clips (0: none)")
-    sample_steps: int = _setting(25, "denoising steps of a sample clip")
-    log_every: int = _setting(10, "steps between logged figures")
+    keep: int = _setting(2, "number of checkpoints to keep")
+    sample_every: int = _setting(0, "steps between sample videos (0: none)")
+    sample_steps: int = _setting(25, "denoising steps of sample videos")
+    log_every: int = _setting(10, "steps between log entries")
 
     def check(self) -> None:
-        """Raise `ConfigError` for what cannot be meant."""
+        """Check all settings.
+
+        Raises:
+            ConfigError: a setting is missing or invalid.
+        """
         for name in ("base", "data", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set. Set it in the config file or with --{name}.")
@@ -83,22 +87,22 @@ class Config:
 
     @property
     def cache_path(self) -> Path | None:
-        """Folder of the encoded videos, or None where every clip is encoded as it is drawn."""
+        """Folder of the encoded videos, or None without a cache."""
         if not self.cache:
             return None
         return Path(self.cache_folder) if self.cache_folder else Path(self.out) / "cache"
 
     @property
     def span(self) -> int:
-        """Frames of a video that a clip reaches over."""
+        """Number of source frames that a training clip spans."""
         return (self.frames - 1) * self.interval + 1
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file.
+    """Load settings from a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read or names what is no setting.
+        ConfigError: the file cannot be read or contains unknown settings.
     """
     import yaml
 
@@ -115,14 +119,18 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """Settings of a command line: defaults, then the file given by --config, then the options."""
+    """Parse the command line. Options override the file given with --config, which overrides the defaults.
+
+    Raises:
+        ConfigError: the file or a setting is invalid.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m exvideo_core.post_tuning",
         description="Post-tune an ExVideo extension for a Stable Video Diffusion model.",
         epilog="On several GPUs: accelerate launch -m exvideo_core.post_tuning --config FILE",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", type=Path, help="YAML file of the settings below")
+    parser.add_argument("--config", type=Path, help="YAML file with any of the settings below")
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         kind: Any = hints[f.name]
@@ -134,21 +142,21 @@ def parse(arguments: list[str] | None = None) -> Config:
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
-    given = vars(parser.parse_args(arguments))
-    settings = load(given.pop("config")) if "config" in given else {}
-    settings |= given
+    options = vars(parser.parse_args(arguments))
+    settings = load(options.pop("config")) if "config" in options else {}
+    settings |= options
     for name, value in settings.items():
-        settings[name] = _as(hints[name], name, value)
+        settings[name] = _convert(hints[name], name, value)
     config = Config(**settings)
     config.check()
     return config
 
 
-def _as(kind: Any, name: str, value: Any) -> Any:  # noqa: ANN401 - any setting
-    """A value as its setting's type: YAML reads 1e-5 as text and 1 as a whole number."""
+def _convert(kind: Any, name: str, value: Any) -> Any:  # noqa: ANN401 - any setting
+    """Convert a value to its setting's type: YAML parses 1e-5 as a string and 1 as an integer."""
     if typing.get_origin(kind) is Literal:
         if value is False:
-            value = "no"  # YAML's reading of a bare no
+            value = "no"  # YAML parses an unquoted no as False
         if value not in typing.get_args(kind):
             raise ConfigError(f"{name} is {value!r}. Choose {' or '.join(typing.get_args(kind))}.")
         return value

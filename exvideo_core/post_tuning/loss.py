@@ -1,4 +1,4 @@
-"""The published loss: denoised latents at one noise level of the sampler's ramp (paper section 3.3)."""
+"""The published loss: denoised latents at a random noise level of the sampler's schedule (paper section 3.3)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Protocol
 
 import torch
 
-#: EDM's noise levels of SVD: the reference's `ContinuousODEScheduler`.
+#: SVD's EDM noise levels, as in the reference's `ContinuousODEScheduler`.
 SIGMA_MAX, SIGMA_MIN, RHO = 700.0, 0.002, 7.0
 RAMP_STEPS = 1000
 
 
 class VideoUNet(Protocol):
-    """diffusers' `UNetSpatioTemporalConditionModel`, or what wraps it."""
+    """diffusers' `UNetSpatioTemporalConditionModel`, or a wrapper of it."""
 
     def __call__(
         self,
@@ -26,13 +26,13 @@ class VideoUNet(Protocol):
 
 def sigma_ramp(steps: int = RAMP_STEPS) -> torch.Tensor:
     """Karras noise levels from `SIGMA_MAX` down to `SIGMA_MIN` [steps], in float32 (Karras et al. 2022, eq. 5)."""
-    places = torch.linspace(0, 1, steps, dtype=torch.float64)
+    positions = torch.linspace(0, 1, steps, dtype=torch.float64)
     ends = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-    return ((ends[0] + places * (ends[1] - ends[0])) ** RHO).float()
+    return ((ends[0] + positions * (ends[1] - ends[0])) ** RHO).float()
 
 
 def loss_weight(sigma: torch.Tensor) -> torch.Tensor:
-    """sqrt(1 + sigma^2) / sigma: the reference's `training_weight`."""
+    """Loss weight sqrt(1 + sigma^2) / sigma (the reference's `training_weight`), in the shape of `sigma`."""
     return (1 + sigma.square()).sqrt() / sigma
 
 
@@ -44,17 +44,18 @@ def denoise(
     embedding: torch.Tensor,
     ids: torch.Tensor,
 ) -> torch.Tensor:
-    """The clean latents that a UNet sees in noisy ones: v-prediction in EDM's parametrisation.
+    """Predict the clean latents (x0) from noisy ones: v-prediction in EDM's parametrization.
 
     Args:
+        unet: the UNet.
         noisy: latents + sigma x noise [B, T, 4, H, W].
-        sigma: [B].
-        first: first frame's latents, not scaled by the VAE's factor [B, 4, H, W].
+        sigma: noise levels [B].
+        first: latents of the first frame, not scaled by the VAE's factor [B, 4, H, W].
         embedding: image embedding of the first frame [B, 1, D].
         ids: fps - 1, motion bucket, noise augmentation [B, 3].
 
     Returns:
-        [B, T, 4, H, W] in float32.
+        float32 [B, T, 4, H, W].
     """
     level = sigma.view(-1, 1, 1, 1, 1)
     spread = (level.square() + 1).sqrt()
@@ -67,15 +68,18 @@ def denoise(
 def post_tuning_loss(
     denoised: torch.Tensor, latents: torch.Tensor, sigma: torch.Tensor, contrast: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared error against the latents times `contrast`, unweighted and weighted by `loss_weight`.
+    """Mean squared error against the latents times `contrast`, unweighted and weighted by `loss_weight`.
 
-    The reference aims a little beyond the latents (1.01) because long clips come out grey otherwise.
+    The reference scales the target by 1.01, because long videos turn gray otherwise.
 
     Args:
-        denoised, latents: [B, T, 4, H, W]; sigma: [B].
+        denoised: predicted latents [B, T, 4, H, W].
+        latents: clean latents [B, T, 4, H, W].
+        sigma: noise levels [B].
+        contrast: factor on the clean latents.
 
     Returns:
-        (mean error, loss to minimise), both scalars.
+        (unweighted error, loss), both scalars.
     """
     errors = (denoised.float() - latents.float() * contrast).square().flatten(1).mean(1)
     return errors.mean(), (errors * loss_weight(sigma)).mean()

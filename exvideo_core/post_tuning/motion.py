@@ -1,11 +1,11 @@
-"""Motion buckets: how much a clip moves, as the number that conditions SVD."""
+"""Motion buckets: the amount of motion in a video, on which SVD is conditioned."""
 
 from __future__ import annotations
 
 import torch
 
-#: Lower bound of each of the 128 buckets, as measured by the reference's authors over their training videos
-#: (`MotionBucketManager`). In units of pixels scaled to -1..1.
+#: Lower bounds of the 128 buckets for pixels in -1..1, measured by the reference's authors on their training videos
+#: (`MotionBucketManager`).
 THRESHOLDS: tuple[float, ...] = (
     0.000000000, 0.012205946, 0.015117834, 0.018080613, 0.020614484, 0.021959992, 0.024088068, 0.026323952,
     0.028277775, 0.029968588, 0.031836554, 0.033596724, 0.035121530, 0.037200287, 0.038914755, 0.040696491,
@@ -27,10 +27,10 @@ THRESHOLDS: tuple[float, ...] = (
 
 
 def motion_bucket(frames: torch.Tensor) -> int:
-    """Bucket of a clip: by the mean over pixels and channels of each one's standard deviation over time.
+    """Motion bucket of a video, from the standard deviation over time, averaged over pixels and channels.
 
     Args:
-        frames: pixels in -1..1 [T, C, H, W], two frames or more.
+        frames: at least two frames [T, C, H, W] in -1..1.
 
     Returns:
         0..127.

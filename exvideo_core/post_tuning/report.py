@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar, TensorBoard scalars, a table and plot of the loss, sample clips."""
+"""Reports on a run: progress bar, TensorBoard, a table and plot of the loss, and sample videos."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _log = logging.getLogger(__name__)
 
 
 class Report:
-    """Kept by the main process alone. The table (`figures.csv`) is cut back to the step that a run resumes at."""
+    """Reports on a run, in the main process only.
+
+    Args:
+        out: output folder of the run.
+        config: settings of the run.
+        step: step at which the run starts or resumes; later rows of the table (`figures.csv`) are dropped.
+    """
 
     def __init__(self, out: Path, config: Config, step: int) -> None:
         from tqdm import tqdm
@@ -35,7 +41,7 @@ class Report:
         self.board = _board(out / "tensorboard")
 
     def add(self, step: int, **figures: float) -> None:
-        """Note the figures of a step; every `log_every` steps their mean is shown and written."""
+        """Add the figures of a step. Every `log_every` steps, their mean is logged."""
         self.bar.update()
         self.pending.append(figures)
         if step % self.config.log_every and step != self.config.steps:
@@ -52,15 +58,15 @@ class Report:
             self._plot()
 
     def sample(self, step: int, svd: SVD, video: Video) -> None:
-        """Make a clip from a training video's first frame with the weights as they are now."""
-        from ..diffusers.sampling import make_clip
+        """Generate a sample video from a training video's first frame with the current weights."""
+        from ..diffusers.sampling import generate_video
 
         config = self.config
-        picture = read_window(video.path, 0, 1, 1, config.width, config.height)
+        image = read_window(video.path, 0, 1, 1, config.width, config.height)
         bucket = config.motion_bucket_id if config.motion_bucket_id >= 0 else video.motion_bucket
-        clip = make_clip(
+        generated = generate_video(
             svd,
-            picture.float() / 255,
+            image.float() / 255,
             frames=config.frames,
             fps=config.fps,
             motion_bucket_id=127 if bucket is None else bucket,
@@ -70,9 +76,10 @@ class Report:
         )
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
-        write_video(folder / f"step-{step:08d}.mp4", clip, config.fps)
+        write_video(folder / f"step-{step:08d}.mp4", generated, config.fps)
 
     def close(self) -> None:
+        """Close the progress bar and the TensorBoard log."""
         self.bar.close()
         if self.board is not None:
             self.board.close()
@@ -87,7 +94,7 @@ class Report:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            return  # the table and TensorBoard have the same figures
+            return  # optional: the table has the same figures
         figure = Figure(figsize=(8, 4.5))
         axes = figure.subplots()
         steps = [row["step"] for row in self.rows]
@@ -108,7 +115,7 @@ def _rows(table: Path, step: int) -> list[dict[str, float]]:
 
 
 def _smoothed(values: list[float], window: int = 25) -> list[float]:
-    """Mean of the last `window` finite values."""
+    """Moving average over the last `window` values, ignoring NaN and infinity."""
     smoothed = []
     for end in range(1, len(values) + 1):
         recent = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
@@ -120,6 +127,6 @@ def _board(folder: Path):  # noqa: ANN202 - torch's SummaryWriter or None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        _log.info("No TensorBoard log: pip install tensorboard to get one.")
+        _log.info("TensorBoard is not installed. Run pip install tensorboard to get its log.")
         return None
     return SummaryWriter(str(folder))

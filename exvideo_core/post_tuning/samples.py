@@ -1,7 +1,7 @@
-"""Training samples: which clip, which window, which noise, all fixed by the seed and the sample's number.
+"""Training samples: clips and noise, determined by the seed and the sample's index.
 
-No generator's state runs on from sample to sample, so a run that is resumed, or spread over more processes, sees
-exactly the samples that an undisturbed one sees.
+Random generators are not shared between samples, so that resumed runs and runs in several processes see the same
+samples as an uninterrupted run in one process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionModelWithProjection
 
-_ENCODE_AT_ONCE = 8  # frames
+_BATCH_FRAMES = 8
 _log = logging.getLogger(__name__)
 
 
@@ -36,12 +36,12 @@ class Sample:
     """One training clip.
 
     Attributes:
-        latents: scaled [1, T, 4, H, W].
+        latents: scaled by the VAE's factor [1, T, 4, H, W].
         noise: [1, T, 4, H, W].
         sigma: noise level [1].
-        first: the first frame's latents, not scaled [1, 4, H, W].
+        first: latents of the first frame, not scaled [1, 4, H, W].
         embedding: image embedding of the first frame [1, 1, D].
-        ids: fps - 1, motion bucket, noise augmentation (0, as in the reference) [1, 3].
+        ids: fps - 1, motion bucket and noise augmentation (0, as in the reference) [1, 3].
     """
 
     latents: torch.Tensor
@@ -52,19 +52,20 @@ class Sample:
     ids: torch.Tensor
 
     def to(self, device: torch.device) -> Sample:
+        """Copy all tensors to a device."""
         return Sample(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """SVD's own VAE and image encoder, which turn pictures into what the UNet reads."""
+    """SVD's VAE and image encoder."""
 
     vae: AutoencoderKLTemporalDecoder
     image_encoder: CLIPVisionModelWithProjection
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the weights that encode: a cache made by others does not count, whatever their file is called."""
+        """Hash of the encoders' weights, which identifies caches of the same model."""
         digest = hashlib.sha256()
         for module in (self.vae.encoder, self.vae.quant_conv, self.image_encoder):
             for name, value in module.state_dict().items():
@@ -74,18 +75,18 @@ class Encoder:
 
     @torch.no_grad()
     def latents(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures [N, H, W, 3] -> scaled latents [N, 4, H/8, W/8], float32 on the CPU."""
+        """Encode uint8 images [N, H, W, 3] as scaled latents [N, 4, H/8, W/8], float32 on the CPU."""
         parts = []
-        for part in frames.split(_ENCODE_AT_ONCE):
+        for part in frames.split(_BATCH_FRAMES):
             pixels = _pixels(part).to(self.vae.device, self.vae.dtype)
             parts.append(self.vae.encode(pixels).latent_dist.mode().float().cpu())
         return (torch.cat(parts) * self.vae.config.scaling_factor).contiguous()
 
     @torch.no_grad()
     def embeddings(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures [N, H, W, 3] -> image embeddings [N, D], float32 on the CPU."""
+        """Encode uint8 images [N, H, W, 3] as image embeddings [N, D], float32 on the CPU."""
         parts = []
-        for part in frames.split(_ENCODE_AT_ONCE):
+        for part in frames.split(_BATCH_FRAMES):
             size = self.image_encoder.config.image_size
             pixels = clip_vision_pixels(part.float() / 255, size)
             embedded = self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).image_embeds
@@ -94,15 +95,17 @@ class Encoder:
 
 
 def _pixels(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> -1..1 [N, 3, H, W]."""
+    """Convert uint8 images [N, H, W, 3] to -1..1 [N, 3, H, W]."""
     return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Samples:
-    """The samples of a run, by number.
+    """The samples of a run, by index.
 
     Args:
-        encoder: encodes clips as they are asked for; not used for videos in the cache.
+        videos: the training videos.
+        config: settings of the run.
+        encoder: encodes clips on demand if there is no cache.
         cache: folder of encoded videos, see `fill_cache`, or None.
     """
 
@@ -114,9 +117,13 @@ class Samples:
         self.ramp = sigma_ramp()
         self.dropped: list[tuple[Path, str]] = []
 
-    def __getitem__(self, number: int) -> Sample:
-        """Sample `number`. A video that turns out to be broken is dropped, and another one drawn in its place."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`. If its video cannot be decoded, another video is drawn.
+
+        Raises:
+            ConfigError: none of the videos can be decoded.
+        """
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
         while True:
             video = self.videos[_draw(generator, len(self.videos))]
             start = _draw(generator, video.frames - self.config.span + 1)
@@ -125,7 +132,7 @@ class Samples:
                 break
             except (ValueError, OSError) as error:
                 if any(path == video.path for path, _ in self.dropped):
-                    continue  # it keeps its place in the draw, so that later samples stay what they were
+                    continue  # broken videos stay in the list, so that later samples do not change
                 self.dropped.append((video.path, str(error)))
                 _log.warning("Skipped from now on: %s", error)
                 if len(self.dropped) == len(self.videos):
@@ -163,9 +170,9 @@ def _draw(generator: torch.Generator, below: int) -> int:
 
 
 def _cache_file(cache: Path, path: Path, config: Config, encoder: Encoder) -> Path:
-    """Named by all that the content depends on, so that a changed video, model or setting is encoded anew."""
-    status = path.stat()
-    video = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    """Cache file of a video. Its name depends on everything that affects its content: video, model and settings."""
+    stat = path.stat()
+    video = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
     settings = (encoder.fingerprint, config.width, config.height, config.span, config.interval)
     key = hashlib.sha256(repr((video, settings)).encode()).hexdigest()[:24]
     return cache / f"{key}.safetensors"
@@ -174,13 +181,17 @@ def _cache_file(cache: Path, path: Path, config: Config, encoder: Encoder) -> Pa
 def fill_cache(
     cache: Path, videos: tuple[Video, ...], config: Config, encoder: Encoder, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[Video, str]]:
-    """Encode every video that is not in the cache yet, whole: any of its windows can be cut from it later.
+    """Encode all videos that are not in the cache yet, in full length, so that any clip can be taken from them.
 
     Args:
-        share: (i, n) encodes only videos i, i + n, ...: several processes fill one cache.
+        cache: folder of the cache.
+        videos: the training videos.
+        config: settings of the run.
+        encoder: encodes the frames.
+        share: (i, n) encodes only videos i, i + n, ..., for n processes that fill one cache.
 
     Yields:
-        (video, what is wrong with it, or ""), one by one as they are done.
+        (video, error message or "") for each video when it is finished.
     """
     from safetensors.torch import save_file
 
@@ -206,7 +217,12 @@ def fill_cache(
 
 
 def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place and move it there when it is whole: nobody ever meets half of it."""
+    """Write a temporary file next to `target`, then rename it, so that `target` is never incomplete.
+
+    Args:
+        target: the file.
+        write: writes the given temporary file.
+    """
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         write(part)

@@ -1,4 +1,4 @@
-"""Which weights are trained, and the untrained extension they start from."""
+"""Selects the trained weights, and creates the untrained extension."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 def untrained(unet: UNetSpatioTemporalConditionModel, frames: int) -> Extension:
-    """An extension of `frames` frames that leaves a diffusers SVD as it is within its own length.
+    """Create an extension for `frames` frames from a diffusers UNet's own weights, see `Extension.untrained`.
 
-    See `Extension.untrained`.
+    Raises:
+        ValueError: the UNet does not have SVD's layout.
     """
     return Extension.untrained(base_weights(unet), sizes(unet)[0], frames)
 
@@ -25,14 +26,17 @@ def untrained(unet: UNetSpatioTemporalConditionModel, frames: int) -> Extension:
 def select(
     unet: UNetSpatioTemporalConditionModel, positions: bool, convolution: bool, attention: bool
 ) -> dict[str, list[torch.nn.Parameter]]:
-    """Freeze all of an extended UNet but the chosen parts of its extension.
+    """Freeze an extended UNet except for the selected parts of its extension.
 
     Args:
-        positions: the tables. convolution: the 3-D convolutions. attention: everything else of the temporal
-            blocks (attention, feed-forward, norms, the projection of positions).
+        unet: a UNet with an extension.
+        positions: train the position tables.
+        convolution: train the 3-D convolutions.
+        attention: train all other weights of the temporal blocks (attention, feed-forward, norms, projection of
+            positions).
 
     Returns:
-        The trained parameters of each part: "positions", "convolution", "attention".
+        The trained parameters of each part, by "positions", "convolution" and "attention".
     """
     unet.requires_grad_(False)
     parts: dict[str, list[torch.nn.Parameter]] = {"positions": [], "convolution": [], "attention": []}

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, and resumed bit for bit."""
+"""Checkpoints of a run, written atomically and resumed bit-exactly."""
 
 from __future__ import annotations
 
@@ -18,15 +18,28 @@ from accelerate.utils import DistributedType
 from .config import Config, ConfigError
 
 _NAME = re.compile(r"step-(\d+)")
-#: Settings that may change when a run goes on.
-_FREE = {"out", "steps", "save_every", "keep", "sample_every", "sample_steps", "log_every", "cache", "cache_folder"}
+#: Settings that may change when a run is resumed.
+_CHANGEABLE = {
+    "out",
+    "steps",
+    "save_every",
+    "keep",
+    "sample_every",
+    "sample_steps",
+    "log_every",
+    "cache",
+    "cache_folder",
+}
 _log = logging.getLogger(__name__)
 
 
 class MovingAverage:
-    """Exponential moving average of weights, in float32 on the CPU (the reference's over epochs, gamma 0.9).
+    """Exponential moving average (EMA) of weights, in float32 on the CPU.
 
-    The first update takes the weights as they are.
+    The first update copies the weights. The reference averages over epochs, with gamma 0.9.
+
+    Args:
+        gamma: decay per update.
     """
 
     def __init__(self, gamma: float) -> None:
@@ -35,22 +48,22 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Move towards `weights` by 1 - gamma."""
+        """Update the average: gamma x average + (1 - gamma) x weights."""
         for name, weight in weights.items():
-            now = weight.detach().to("cpu", torch.float32, copy=True)
+            current = weight.detach().to("cpu", torch.float32, copy=True)
             if name in self.values:
-                self.values[name].mul_(self.gamma).add_(now, alpha=1 - self.gamma)
+                self.values[name].mul_(self.gamma).add_(current, alpha=1 - self.gamma)
             else:
-                self.values[name] = now
+                self.values[name] = current
 
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Progress of a run.
 
     Attributes:
-        step: optimizer steps done.
-        ema: the moving average (empty before its first update).
+        ema: the moving average, empty before its first update.
+        step: number of finished optimizer steps.
     """
 
     ema: MovingAverage
@@ -58,10 +71,9 @@ class Progress:
 
 
 def keep_trained_only(accelerator: Accelerator) -> None:
-    """Let checkpoints hold the trained weights alone where every process has all of them.
+    """Save only the trained weights in checkpoints, without the gigabytes of the frozen base.
 
-    The frozen base, many gigabytes at full size, comes from its own file. Sharded training (FSDP, DeepSpeed) is
-    left to accelerate's own format.
+    Sharded training (FSDP, DeepSpeed) uses accelerate's own format instead.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
@@ -87,12 +99,22 @@ def keep_trained_only(accelerator: Accelerator) -> None:
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that training changes, by name."""
+    """The weights that are trained, by name."""
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
 def save(accelerator: Accelerator, folder: Path, progress: Progress, config: Config) -> Path:
-    """Write the checkpoint of this step beside its place, force it to disk, move it there; then drop old ones."""
+    """Save a checkpoint of the current step atomically, and delete old ones.
+
+    Args:
+        accelerator: the accelerator that has prepared model and optimizer.
+        folder: folder of all checkpoints.
+        progress: progress of the run.
+        config: settings of the run.
+
+    Returns:
+        Folder of the checkpoint.
+    """
     from safetensors.torch import save_file
 
     target = folder / f"step-{progress.step:08d}"
@@ -105,35 +127,38 @@ def save(accelerator: Accelerator, folder: Path, progress: Progress, config: Con
     if accelerator.is_main_process:
         if progress.ema.values:
             save_file(progress.ema.values, part / "ema.safetensors")
-        settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+        settings = {name: value for name, value in asdict(config).items() if name not in _CHANGEABLE}
         (part / "progress.json").write_text(json.dumps({"step": progress.step, "settings": settings}, indent=1))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in (*part.rglob("*"), part):
-            _force_to_disk(path)
+            _sync(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
-        _force_to_disk(folder)
-        for old in _all(folder)[: -config.keep]:
+        _sync(folder)
+        for old in _checkpoints(folder)[: -config.keep]:
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return target
 
 
 def resume(accelerator: Accelerator, folder: Path, progress: Progress, config: Config) -> bool:
-    """Take up the newest checkpoint, if there is one.
+    """Load the newest checkpoint, if there is one, and update `progress`.
+
+    Returns:
+        Whether there is a checkpoint.
 
     Raises:
-        ConfigError: it was made with other settings.
+        ConfigError: the checkpoint was saved with different settings.
     """
     from safetensors.torch import load_file
 
-    found = _all(folder)
+    found = _checkpoints(folder)
     if not found:
         return False
     newest = found[-1]
     stored = json.loads((newest / "progress.json").read_text())
-    now = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    now = {name: value for name, value in asdict(config).items() if name not in _CHANGEABLE}
     changed = [f"{name} {stored['settings'].get(name)!r} -> {now[name]!r}" for name in now
                if stored["settings"].get(name) != now[name]]  # fmt: skip
     if changed:
@@ -148,16 +173,16 @@ def resume(accelerator: Accelerator, folder: Path, progress: Progress, config: C
     return True
 
 
-def _all(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+def _checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
-def _force_to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -166,6 +191,6 @@ def _force_to_disk(path: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what an interrupted save left behind."""
+    """Delete the temporary files of interrupted saves."""
     for part in folder.glob("*.part"):
         shutil.rmtree(part, ignore_errors=True)

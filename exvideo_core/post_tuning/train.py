@@ -1,4 +1,4 @@
-"""The post-tuning run: one loop for a CPU, a GPU, and as many of them as accelerate is told to use."""
+"""The training loop, for a CPU, a GPU, or several of them through accelerate."""
 
 from __future__ import annotations
 
@@ -25,35 +25,40 @@ from .videos import Folder, Video, scan
 _log = logging.getLogger(__name__)
 
 
-class Stop:
-    """Turns the first SIGINT or SIGTERM into "stop after this step"; the second one acts as ever."""
+class StopSignal:
+    """Makes the first SIGINT or SIGTERM stop the run after the current step; a second one has its usual effect.
 
-    def __init__(self, watch: bool) -> None:
-        self.asked = False
-        self._before: dict[int, object] = {}
-        if watch and threading.current_thread() is threading.main_thread():
+    Args:
+        enabled: whether to install signal handlers.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.received = False
+        self._handlers: dict[int, object] = {}
+        if enabled and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+                self._handlers[number] = signal.signal(number, self._receive)
 
-    def _ask(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's arguments
-        self.asked = True
+    def _receive(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's arguments
+        self.received = True
         _log.warning("Stopping after this step and saving a checkpoint.")
         self.restore()
 
     def restore(self) -> None:
-        for number, handler in self._before.items():
+        """Restore the previous signal handlers."""
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before.clear()
+        self._handlers.clear()
 
 
 def train(config: Config) -> Path | None:
     """Post-tune an extension.
 
     Returns:
-        The finished extension's path; None if the run was stopped before its last step (start it again to go on).
+        Path of the extension, or None if the run was stopped before its last step. Another call resumes it.
 
     Raises:
-        ConfigError: settings or data cannot be used; nothing was trained then.
+        ConfigError: settings or training videos cannot be used.
         ModelFileError: the base model or the initial extension cannot be used.
     """
     out = Path(config.out)
@@ -70,7 +75,7 @@ def train(config: Config) -> Path | None:
         svd.vae.requires_grad_(False).to(accelerator.device),
         svd.image_encoder.requires_grad_(False).to(accelerator.device),
     )
-    samples = _samples(accelerator, folder, config, encoder, config.cache_path)
+    samples = _prepare_samples(accelerator, folder, config, encoder, config.cache_path)
     if config.cache and not config.sample_every:
         encoder.vae.cpu()
         encoder.image_encoder.cpu()
@@ -80,7 +85,7 @@ def train(config: Config) -> Path | None:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     groups = select(unet, config.train_positions, config.train_convolution, config.train_attention)
-    _narrow_frozen(accelerator, unet, config)
+    _cast_frozen(accelerator, unet, config)
     multiples = {"positions": config.positions_rate}
     optimizer = _optimizer(
         config, [{"params": group, "multiple": multiples.get(part, 1.0)} for part, group in groups.items()]
@@ -95,10 +100,10 @@ def train(config: Config) -> Path | None:
     accelerator.wait_for_everyone()
     state.resume(accelerator, checkpoints, progress, config)
 
-    stop = Stop(watch=accelerator.num_processes == 1)
+    stop = StopSignal(enabled=accelerator.num_processes == 1)
     report = Report(out, config, progress.step) if accelerator.is_main_process else None
     try:
-        while progress.step < config.steps and not stop.asked:
+        while progress.step < config.steps and not stop.received:
             error, loss, norm = _step(accelerator, unet, optimizer, samples, progress.step, config)
             progress.step += 1
             last = progress.step == config.steps
@@ -107,9 +112,9 @@ def train(config: Config) -> Path | None:
             if report is not None:
                 rate = learning_rate(progress.step - 1, config)
                 report.add(progress.step, error=error, loss=loss, gradient_norm=norm, learning_rate=rate)
-            if progress.step % config.save_every == 0 or last or stop.asked:
+            if progress.step % config.save_every == 0 or last or stop.received:
                 state.save(accelerator, checkpoints, progress, config)
-                if not last:  # then it is done on the way out
+                if not last:  # the last step exports below
                     _export(accelerator, unet, progress, out)
             if report is not None and config.sample_every and progress.step % config.sample_every == 0:
                 report.sample(progress.step, svd, samples.videos[0])
@@ -125,19 +130,21 @@ def train(config: Config) -> Path | None:
     return _export(accelerator, unet, progress, out)
 
 
-def _samples(accelerator: Accelerator, folder: Folder, config: Config, encoder: Encoder, cache: Path | None) -> Samples:
+def _prepare_samples(
+    accelerator: Accelerator, folder: Folder, config: Config, encoder: Encoder, cache: Path | None
+) -> Samples:
     from tqdm import tqdm
 
     if cache is None:
         return Samples(folder.videos, config, encoder, None)
     share = (accelerator.process_index, accelerator.num_processes)
     broken: set[Path] = set()
-    mine = folder.videos[share[0] :: share[1]]
-    bar = tqdm(total=len(mine), desc="encoding", unit="video", disable=not accelerator.is_main_process)
-    for video, wrong in fill_cache(cache, folder.videos, config, encoder, share):
-        if wrong:
+    count = len(folder.videos[share[0] :: share[1]])
+    bar = tqdm(total=count, desc="encoding", unit="video", disable=not accelerator.is_main_process)
+    for video, error in fill_cache(cache, folder.videos, config, encoder, share):
+        if error:
             broken.add(video.path)
-            _log.warning("Skipped: %s", wrong)
+            _log.warning("Skipped: %s", error)
         bar.update()
     bar.close()
     accelerator.wait_for_everyone()
@@ -164,8 +171,11 @@ def _list_skipped(out: Path, folder: Folder, broken: set[Path]) -> None:
     )
 
 
-def _narrow_frozen(accelerator: Accelerator, unet: torch.nn.Module, config: Config) -> None:
-    """Hold frozen weights in the type they compute in. Sharding wants one type, CPU kernels do not mix them."""
+def _cast_frozen(accelerator: Accelerator, unet: torch.nn.Module, config: Config) -> None:
+    """Cast frozen weights to the dtype of the computation, which saves memory.
+
+    Not when sharded, which requires a single dtype, nor on CPUs, whose kernels do not mix dtypes.
+    """
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if config.mixed_precision == "no" or sharded or accelerator.device.type != "cuda":
         return
@@ -190,7 +200,7 @@ def _optimizer(config: Config, groups: list[dict[str, object]]) -> torch.optim.O
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of the step after `step` steps: a linear warm-up, then constant or half a cosine to 0."""
+    """Learning rate after `step` steps: linear warm-up, then constant or decaying to 0 with a half cosine."""
     rate = config.learning_rate
     if step < config.warmup:
         return rate * (step + 1) / config.warmup
@@ -208,18 +218,21 @@ def _step(
     step: int,
     config: Config,
 ) -> tuple[float, float, float]:
-    """One optimizer step; mean error, mean loss and norm of the gradient over its clips.
+    """Run one optimizer step.
 
-    Clips are numbered through: n processes that accumulate k clips each see the n k clips that one process with
-    accumulation n k sees.
+    Samples are numbered consecutively, so that n processes that accumulate k samples each see the same samples as one
+    process that accumulates n k.
+
+    Returns:
+        (mean error, mean loss, gradient norm).
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config) * group["multiple"]
     errors = torch.zeros(2, device=accelerator.device)
     norm = 0.0
     for micro in range(config.accumulation):
-        number = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
-        sample = samples[number].to(accelerator.device)
+        index = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
+        sample = samples[index].to(accelerator.device)
         with accelerator.accumulate(unet):
             noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
             with accelerator.autocast():
@@ -238,19 +251,19 @@ def _step(
 
 
 def _trained(accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The extension's weights by name, whole on every process (a collective where they are sharded)."""
+    """The extension's weights by name, gathered on the main process if they are sharded."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        state_dict = accelerator.get_state_dict(unet) or {}  # empty beside the main process
+        state_dict = accelerator.get_state_dict(unet) or {}  # empty except on the main process
     else:
         state_dict = accelerator.unwrap_model(unet).state_dict()
     return {name: value for name, value in state_dict.items() if name in patch.EXTENSION_PARAMETERS}
 
 
 def _export(accelerator: Accelerator, unet: torch.nn.Module, progress: state.Progress, out: Path) -> Path:
-    """Write the extension in the published format: the moving average, or the weights before its first update."""
+    """Save the moving average, or the current weights before its first update, as an extension."""
     weights = progress.ema.values or _trained(accelerator, unet)
-    target = out / "extension.safetensors"
+    path = out / "extension.safetensors"
     if accelerator.is_main_process:
-        patch.collect(accelerator.unwrap_model(unet), weights).save(target)
+        patch.collect(accelerator.unwrap_model(unet), weights).save(path)
     accelerator.wait_for_everyone()
-    return target
+    return path

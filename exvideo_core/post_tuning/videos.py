@@ -1,4 +1,4 @@
-"""Video files: which of a folder are usable for training, the frames of a window, and writing one."""
+"""Video files: finds usable training videos, reads clips of frames, and writes videos."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Video:
 
     Attributes:
         path: the file.
-        frames: how many it has.
-        motion_bucket: as metadata.json gives it, or None.
+        frames: number of frames.
+        motion_bucket: motion bucket from metadata.json, or None.
     """
 
     path: Path
@@ -36,21 +36,31 @@ class Video:
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds: usable videos in a fixed order, and (path, reason) of those that were left out."""
+    """Videos of a folder.
+
+    Attributes:
+        videos: usable videos, in a fixed order.
+        skipped: (path, reason) of unusable videos.
+    """
 
     videos: tuple[Video, ...]
     skipped: tuple[tuple[Path, str], ...]
 
 
 def scan(folder: Path, span: int, width: int, height: int) -> Folder:
-    """Look through a folder of videos.
+    """Find the usable videos of a folder.
 
-    `metadata.json`, where there is one, is the reference's list of {"path": ..., ...} and says which videos count;
-    an entry's `motion_bucket_id`, if any, is that video's. Otherwise every video beneath the folder counts.
+    If there is a `metadata.json`, which as in the reference is a list of {"path": ..., "motion_bucket_id": ...}, only
+    the videos in this list are used. The motion bucket is optional. Otherwise, all videos in the folder and its
+    subfolders are used.
 
     Args:
-        span: frames that a clip reaches over: shorter videos are left out.
-        width, height: of the clips. Videos of less than half of either are left out rather than blown up.
+        folder: the folder.
+        span: source frames per training clip; shorter videos are skipped.
+        width, height: size of the training clips in pixels; videos smaller than half of it are skipped.
+
+    Returns:
+        Usable and skipped videos.
 
     Raises:
         ConfigError: the folder or its metadata.json cannot be read, or no video is usable.
@@ -94,7 +104,7 @@ def _listed(folder: Path) -> Iterator[tuple[Path, int | None]]:
 
 
 def _probe(path: Path) -> tuple[int, int, int]:
-    """Frames, width and height. Packets are counted, since headers of cut-off files promise what is not there."""
+    """Frames, width and height. Counts packets, because the headers of truncated files are wrong."""
     import av
 
     try:
@@ -110,13 +120,20 @@ def _probe(path: Path) -> tuple[int, int, int]:
 
 
 def read_window(path: Path, start: int, frames: int, interval: int, width: int, height: int) -> torch.Tensor:
-    """Decode frames start, start + interval, ... of a video, scaled to cover the size and cut in the middle.
+    """Decode frames start, start + interval, ... of a video, resized and center-cropped.
+
+    Args:
+        path: the video.
+        start: index of the first frame.
+        frames: number of frames.
+        interval: step between frames.
+        width, height: size in pixels.
 
     Returns:
         uint8 [frames, height, width, 3].
 
     Raises:
-        ValueError: the video cannot be decoded that far.
+        ValueError: the frames cannot be decoded.
     """
     import av
 
@@ -127,10 +144,10 @@ def read_window(path: Path, start: int, frames: int, interval: int, width: int, 
             container.streams.video[0].thread_type = "AUTO"
             for index, frame in enumerate(container.decode(video=0)):
                 if index in wanted:
-                    picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None]
-                    if picture.shape[1:3] != (height, width):
-                        picture = (resize_and_crop(picture.float() / 255, width, height) * 255).round().byte()
-                    found.append(picture)
+                    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None]
+                    if image.shape[1:3] != (height, width):
+                        image = (resize_and_crop(image.float() / 255, width, height) * 255).round().byte()
+                    found.append(image)
                     if len(found) == frames:
                         break
     except (av.FFmpegError, OSError) as error:
@@ -140,7 +157,14 @@ def read_window(path: Path, start: int, frames: int, interval: int, width: int, 
     return torch.cat(found)
 
 
-def write_video(path: Path, clip: np.ndarray, fps: int, lossless: bool = False) -> None:
-    """Write uint8 frames [T, H, W, 3] as a video file, whole or not at all: H.264, or FFV1 where `lossless`."""
+def write_video(path: Path, frames: np.ndarray, fps: int, lossless: bool = False) -> None:
+    """Write a video file atomically.
+
+    Args:
+        path: the file.
+        frames: uint8 [T, H, W, 3].
+        fps: frames per second.
+        lossless: encode as FFV1 (.mkv) instead of H.264 (.mp4).
+    """
     with VideoWriter(path, fps, "ffv1 (lossless)" if lossless else "h264") as writer:
-        writer.add(clip)
+        writer.add(frames)

@@ -35,7 +35,7 @@ def test_bad_videos_are_left_out_and_listed(mixed: Path) -> None:
     assert [video.path.name for video in found.videos] == ["000000.mkv", "000001.mkv", "000002.mkv", "000003.mkv"]
     reasons = {path.relative_to(mixed).as_posix(): reason for path, reason in found.skipped}
     assert set(reasons) == {"cut.mkv", "text.mp4", "short/000000.mkv"}
-    assert reasons["short/000000.mkv"] == "has 3 frames, a clip needs 6"
+    assert reasons["short/000000.mkv"] == "has 3 frames, but a training clip needs 6"
 
 
 def test_a_run_on_them_trains_and_writes_the_list(mixed: Path, run) -> None:

@@ -102,7 +102,7 @@ def test_a_stopped_run_saves_first_and_goes_on(run) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "go on" in text, text[-2000:]
+    assert process.returncode == 130 and "to resume" in text, text[-2000:]
     (saved,) = (path.name for path in (stopped.out / "checkpoints").iterdir())
     assert "step-00000001" <= saved < "step-00000006"
     stopped.finish()

@@ -35,6 +35,6 @@ def chunk_ranges(total: int, bytes_each: int) -> list[tuple[int, int]]:
     Returns:
         (start, end) of each chunk, in order.
     """
-    most = max(_limit.get() // max(bytes_each, 1), 1)
-    count = max(-(-total // most), 1)
+    items_per_chunk = max(_limit.get() // max(bytes_each, 1), 1)
+    count = max(-(-total // items_per_chunk), 1)
     return [(total * i // count, total * (i + 1) // count) for i in range(count)]

@@ -56,7 +56,7 @@ class MemorySettings:
         if device.type == "cpu":
             return DEFAULT_CHUNK_BYTES
         total = comfy.model_management.get_total_memory(device) / 2**30
-        return next(size for most, size in _CHUNK_MEGABYTES_OF_CARDS if total <= most) * MEGABYTE
+        return next(size for limit, size in _CHUNK_MEGABYTES_OF_CARDS if total <= limit) * MEGABYTE
 
     def required_bytes(
         self,
@@ -142,14 +142,14 @@ class Estimate:
     ) -> Any:  # noqa: ANN401
         """CALC_COND_BATCH wrapper: conditions share a batch where that is faster or required.
 
-        Whatever memory is free, because it changes the rounding.
+        This does not depend on free memory, because batching changes the rounding.
         """
         together = needs_all_conditions(model_options.get("transformer_options", {}))
-        most = math.inf if together else 2 * _shared_pixels(x.device)
+        max_pixels = math.inf if together else 2 * _shared_pixels(x.device)
 
         def required(input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG001, ANN401
             # ComfyUI runs a single condition alone even if it does not fit.
-            return math.inf if _pixels(input_shape) > most else 0.0
+            return math.inf if _pixels(input_shape) > max_pixels else 0.0
 
         with _memory_required_as(model, required):
             return executor(model, conds, x, timestep, model_options)

@@ -37,16 +37,16 @@ class FrameMaps:
 
     @classmethod
     def empty(
-        cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, most: float, buffers: HostBuffers
+        cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, max_bytes: float, buffers: HostBuffers
     ) -> FrameMaps:
-        """Uninitialized maps of one video, with at most `most` bytes on the device.
+        """Uninitialized maps of one video, with at most `max_bytes` on the device.
 
         Args:
             shape: [T, C, H, W].
         """
         count, channels, height, width = shape
         each = channels * height * width * dtype.itemsize
-        fit = count if math.isinf(most) else min(int(max(most, 0) // each), count)
+        fit = count if math.isinf(max_bytes) else min(int(max(max_bytes, 0) // each), count)
         on_device = torch.empty(fit, height, width, channels, dtype=dtype, device=device)
         if fit == count:
             return cls(on_device)
