@@ -1,1 +1,1 @@
-"""What `run.py` does: finds ComfyUIs, makes environments, starts servers. Not part of the nodes."""
+"""Tools of `run.py`: finds ComfyUI installs, creates environments, starts servers. Not used by the nodes."""

@@ -1,4 +1,4 @@
-"""Makes the quickstart's video in a real ComfyUI. Started by `run.py demo`, in a Python that can run the host."""
+"""Generates the quickstart's video in ComfyUI. Started by `run.py demo` in a Python that can run ComfyUI."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def main() -> int:
     from .server import Server
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--host", type=Path, required=True)
-    parser.add_argument("--keep", action="store_true", help="leave the server's folder")
+    parser.add_argument("--host", type=Path, required=True, help="the ComfyUI folder")
+    parser.add_argument("--keep", action="store_true", help="keep the server's folder")
     options = parser.parse_args()
     host = Host(options.host)
     started = time.monotonic()
@@ -32,25 +32,25 @@ def main() -> int:
         result = server.run(prompt, lambda node, step, steps: _show(prompt, node, step, steps), timeout=1800)
         print()
         if result.status != "success":
-            print(f"FAILED ({result.status}): {json.dumps(result.error, indent=2)[:3000]}", file=sys.stderr)
+            print(f"Failed ({result.status}): {json.dumps(result.error, indent=2)[:3000]}", file=sys.stderr)
             return 1
-        video = _keep(server.output, result.outputs)
+        video = _copy_video(server.output, result.outputs)
     frames, width, height = probe(video)
     print(
-        f"{video}\n{frames} frames of {width}x{height} in {time.monotonic() - started:.0f} s, "
-        f"by ComfyUI {host.version} on {device} ({platform.machine()})."
+        f"{video}\n{frames} frames of {width}x{height} in {time.monotonic() - started:.0f} s "
+        f"with ComfyUI {host.version} on {device} ({platform.machine()})."
     )
     return 0 if frames == 128 else 1
 
 
 def quickstart() -> dict[str, dict[str, Any]]:
-    """Inputs of the quickstart's nodes, by class."""
+    """Inputs of the quickstart's nodes, by node class."""
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     return {node["class_type"]: node["inputs"] for node in prompt.values()}
 
 
 def next_target() -> Path:
-    """A new video's path in the pack's `output` folder, under the next free number."""
+    """Path for a new video in the pack's `output` folder, with the next free number."""
     folder = PACK / "output"
     folder.mkdir(exist_ok=True)
     numbers = (number for number in range(1, 100_000))
@@ -58,7 +58,7 @@ def next_target() -> Path:
 
 
 def probe(video: Path) -> tuple[int, int, int]:
-    """Frames, width and height of a video, decoded to its end."""
+    """Frames, width and height of a video, which is decoded completely."""
     import av
 
     with av.open(str(video)) as container:
@@ -71,7 +71,7 @@ def _show(prompt: dict[str, Any], node: str, step: int, steps: int) -> None:
     print(f"\r{name}: {step}/{steps}   ", end="", flush=True)
 
 
-def _keep(output: Path, outputs: dict[str, Any]) -> Path:
+def _copy_video(output: Path, outputs: dict[str, Any]) -> Path:
     entries = [
         entry for node in outputs.values() for kind in ("images", "video", "videos") for entry in node.get(kind, [])
     ]

@@ -1,4 +1,4 @@
-"""Makes the quickstart's video without ComfyUI: diffusers' own pipeline, the same shipped model."""
+"""Generates the quickstart's video without ComfyUI, with diffusers' pipeline and the same small model."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def main() -> int:
     )
     print()
     size = nodes["ImageScale"]["width"]
-    enlarged = torch.nn.functional.interpolate(
+    upscaled = torch.nn.functional.interpolate(
         torch.from_numpy(video).movedim(-1, 1).float(), size=(size, size), mode="bilinear"
     )
     target = next_target()
-    write_video(target, enlarged.round().byte().movedim(1, -1).numpy(), conditioning["fps"])
+    write_video(target, upscaled.round().byte().movedim(1, -1).numpy(), conditioning["fps"])
     frames, width, height = probe(target)
-    print(f"{target}\n{frames} frames of {width}x{height} in {time.monotonic() - started:.0f} s, by diffusers.")
+    print(f"{target}\n{frames} frames of {width}x{height} in {time.monotonic() - started:.0f} s with diffusers.")
     return 0 if frames == conditioning["frames"] else 1
 
 

@@ -1,11 +1,10 @@
-"""Writes the help pages of the nodes, and README's table of them, from one source. Runs in a host's Python.
+"""Generates the nodes' help pages and README's table of nodes. Runs in ComfyUI's Python.
 
     python run.py help
 
-What a node, an input or an output is stands in its schema (`nodes/`), translated in `locales/`:
-tooltips show it, and here it becomes the first part of its help page. What else there is to say stands in
-`docs/nodes/<language>/`: when to use the node, memory and time, errors and what to do. A test fails where a page is not
-what this module makes.
+A help page combines the tooltips of a node, from its schema in `nodes/` and their translations in `locales/`, with
+further sections from `docs/nodes/<language>/`: when to use the node, memory and time, errors. A test checks that the
+generated pages are up to date.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _MARKS = ("<!-- nodes: made by `python run.py help` -->\n", "<!-- /nodes -->")
 
 @dataclass(frozen=True)
 class Words:
-    """What a page says in each language beside the nodes' own texts."""
+    """Words of the generated parts of a page, in one language."""
 
     inputs: str
     outputs: str
@@ -40,7 +39,7 @@ class Words:
     off: str
     picture: str
     file: str
-    headings: tuple[str, str]  # that a page has to have: memory and time, errors
+    headings: tuple[str, str]  # required sections: memory and time, errors
 
 
 WORDS = {
@@ -61,7 +60,7 @@ def main() -> int:
 
 
 def load_nodes(name: str = "exvideo_help") -> list[Any]:
-    """The pack's node classes, imported as the host imports them: from a folder of any name."""
+    """The pack's node classes, imported as ComfyUI does, from a folder of any name."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             name, PACK / "__init__.py", submodule_search_locations=[str(PACK)]
@@ -74,7 +73,7 @@ def load_nodes(name: str = "exvideo_help") -> list[Any]:
 
 
 def expected(nodes: list[Any]) -> dict[Path, str]:
-    """Every file that is made, and what is to be in it."""
+    """All generated files with their contents."""
     schemas = [node.define_schema() for node in nodes]
     files = {PAGES / f"{schema.node_id}.md": page(schema) for schema in schemas}
     for language in WORDS.keys() - {"en"}:
@@ -89,12 +88,13 @@ def expected(nodes: list[Any]) -> dict[Path, str]:
     return files
 
 
-def page(schema: Any, translated: dict[str, Any] | None = None, language: str = "en") -> str:  # noqa: ANN401 - the host's
-    """The help page of a node.
+def page(schema: Any, translated: dict[str, Any] | None = None, language: str = "en") -> str:  # noqa: ANN401 - ComfyUI's
+    """Generate the help page of a node.
 
     Args:
-        schema: the host's `io.Schema`.
-        translated: the node's entry of `nodeDefs.json`, for any language but English.
+        schema: the node's `io.Schema`.
+        translated: the node's entry in `nodeDefs.json`, unless the language is English.
+        language: key of `WORDS`.
     """
     words, texts = WORDS[language], translated or {}
     use, more = _prose(language, schema.node_id)
@@ -115,9 +115,9 @@ def page(schema: Any, translated: dict[str, Any] | None = None, language: str = 
     return "\n".join([*lines, "", more, ""])
 
 
-def _values(item: Any, words: Words) -> Iterator[str]:  # noqa: ANN401 - one of the host's inputs
-    """What an input takes."""
-    item = getattr(item, "input_override", None) or item  # of several types, the one that its widget has
+def _values(item: Any, words: Words) -> Iterator[str]:  # noqa: ANN401 - one of ComfyUI's inputs
+    """Allowed values, default and more of an input."""
+    item = getattr(item, "input_override", None) or item  # for several types, the widget's
     kind = item.io_type
     if kind in ("INT", "FLOAT"):
         yield f"{item.min} {words.to} {item.max}"
@@ -135,7 +135,7 @@ def _values(item: Any, words: Words) -> Iterator[str]:  # noqa: ANN401 - one of 
 
 
 def _prose(language: str, node_id: str) -> tuple[str, str]:
-    """When to use the node, and the sections that come after its inputs."""
+    """Introduction and further sections of a page."""
     text = (PACK / "docs" / "nodes" / language / f"{node_id}.md").read_text(encoding="utf-8")
     use, heading, more = text.partition("\n## ")
     return use.strip(), (heading + more).strip()

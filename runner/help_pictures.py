@@ -1,8 +1,8 @@
-"""Takes the pictures of the help pages: each node with what it is connected to, in ComfyUI's own frontend.
+"""Takes screenshots for the help pages: each node with its neighbors, in ComfyUI's frontend.
 
     python run.py help --pictures
 
-Runs in a host's Python that has Playwright, with the Chromium that EXVIDEO_CHROMIUM names.
+Runs in ComfyUI's Python with Playwright. EXVIDEO_CHROMIUM is the path of Chromium.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .help_pages import PAGES
 from .hosts import PACK, Host
 from .server import Server
 
-_EDGE = 900  # pixels of the longer side, at most
-#: Where a node is shown, if not in the first workflow that has it.
+_MAX_EDGE = 900  # pixels of the longer side
+#: Workflow in which a node is shown, if not in the first one that contains it.
 _WORKFLOWS = {
     "ExVideoCheckpointLoader": "exvideo_low_memory",
     "ExVideoApply": "exvideo_image_to_video",
@@ -33,7 +33,7 @@ _WORKFLOWS = {
     "ExVideoKeyframes": "exvideo_first_last_frame",
     "ExVideoExamplePicture": "exvideo_quickstart",
 }
-#: Nodes of no workflow, in a row with those before and behind them.
+#: Nodes that are in no workflow, with their neighbors.
 _ROWS = {
     "ExVideoInit": ["ExVideoCheckpointLoader", "ExVideoInit", "ExVideoSave"],
     "ExVideoSave": ["ExVideoInit", "ExVideoSave"],
@@ -52,7 +52,7 @@ _ROW = """kinds => {
         before = node
     }
 }"""
-#: Leaves the node and what it is connected to, in columns, and draws them: a PNG as a data address.
+#: Removes all nodes but the given one and its neighbors, arranges them in columns and returns a PNG as a data URL.
 _DRAW = """kind => {
     const graph = window.app.graph, canvas = window.app.canvas
     const node = graph._nodes.find(node => node.type === kind)
@@ -119,9 +119,9 @@ def _take(page: Page, kind: str, graphs: dict[str, dict[str, Any]]) -> Image.Ima
     page.wait_for_timeout(1500)
     address, width, height = page.evaluate(_DRAW, kind)
     content = base64.b64decode(address.partition(",")[2])
-    picture = Image.open(io.BytesIO(content)).convert("RGB").crop((0, 0, width, height))
-    picture.thumbnail((_EDGE, _EDGE))
-    return picture
+    image = Image.open(io.BytesIO(content)).convert("RGB").crop((0, 0, width, height))
+    image.thumbnail((_MAX_EDGE, _MAX_EDGE))
+    return image
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finds the ComfyUIs of this machine. Standard library only."""
+"""Finds the ComfyUI installs of this machine. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ PACK = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Host:
-    """A ComfyUI folder."""
+    """A ComfyUI install.
+
+    Attributes:
+        path: its folder.
+    """
 
     path: Path
 
     @property
     def version(self) -> str:
+        """Version of this ComfyUI, or "unknown"."""
         text = (self.path / "comfyui_version.py").read_text(encoding="utf-8")
         match = re.search(r'__version__\s*=\s*"([^"]+)"', text)
         return match.group(1) if match else "unknown"
 
     @property
     def pythons(self) -> list[Path]:
-        """Pythons of the environments that lie with the install: its own first, then those beside its folder.
+        """Pythons of the environments in the install, then of those next to its folder.
 
-        One beside it may have been made for another ComfyUI in the same place: see `environment.found_python`.
+        The latter may belong to another ComfyUI, see `environment.found_python`.
         """
         folders = [self.path / ".venv", self.path / "venv", self.path.parent / ".venv", self.path.parent / "venv"]
         candidates = [folder / part for folder in folders for part in ("bin/python", "Scripts/python.exe")]
@@ -35,31 +40,32 @@ class Host:
 
     @property
     def requirements(self) -> list[str]:
-        """Packages that the install asks for, as in its requirements.txt, without comments."""
+        """Lines of the install's requirements.txt, without comments."""
         lines = (self.path / "requirements.txt").read_text(encoding="utf-8").splitlines()
         return [found for line in lines if (found := line.split("#")[0].strip())]
 
     @property
     def pins(self) -> dict[str, str]:
-        """Packages that the install asks for in one version only, such as its frontend's and its templates'."""
+        """Pinned packages and their versions, such as the frontend and the templates."""
         found = (re.match(r"([\w.-]+)\s*==\s*([\w.+!-]+)$", line) for line in self.requirements)
         return {match[1]: match[2] for match in found if match}
 
 
 def is_host(path: Path) -> bool:
+    """Whether a folder is a ComfyUI install."""
     return (path / "main.py").is_file() and (path / "comfyui_version.py").is_file()
 
 
 def find_hosts() -> list[Host]:
-    """`COMFYUI_PATH` (may list several), an enclosing install, then every ComfyUI under ~/comfy, the newest first.
+    """Find the folders in COMFYUI_PATH, or else the enclosing install and all installs under ~/comfy, newest first.
 
     Raises:
-        SystemExit: COMFYUI_PATH names a folder that is no ComfyUI.
+        SystemExit: a folder in COMFYUI_PATH is not a ComfyUI install.
     """
     named = [Path(part).expanduser() for part in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if part]
     for path in named:
         if not is_host(path):
-            raise SystemExit(f"COMFYUI_PATH names {path}, which is no ComfyUI folder (no main.py in it).")
+            raise SystemExit(f"COMFYUI_PATH contains {path}, which is not a ComfyUI folder (it has no main.py).")
     if named:
         return _hosts(named)
     enclosing = [PACK.parents[1]] if PACK.parent.name == "custom_nodes" else []
@@ -70,5 +76,5 @@ def find_hosts() -> list[Host]:
 
 
 def _hosts(paths: list[Path]) -> list[Host]:
-    """Each once, in order: the enclosing install may lie under ~/comfy too."""
+    """Remove duplicates, since the enclosing install may be under ~/comfy as well."""
     return [Host(path) for path in dict.fromkeys(path.resolve() for path in paths)]

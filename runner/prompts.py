@@ -1,4 +1,4 @@
-"""Short prompts on the small model, made of the saved quickstart: for the tests and benchmarks of a server."""
+"""Short prompts for the small model, based on the quickstart workflow, for tests and benchmarks of a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _fresh = itertools.count(1)
 
 
 def quickstart(**changes: dict[str, Any]) -> Prompt:
-    """The saved quickstart, with changed inputs by class."""
+    """The quickstart workflow, with changed inputs by node class."""
     graph: Prompt = json.loads((PACK / "workflows" / "api" / "exvideo_quickstart.json").read_text(encoding="utf-8"))
     for node in graph.values():
         node["inputs"].update(changes.get(node["class_type"], {}))
@@ -22,10 +22,10 @@ def quickstart(**changes: dict[str, Any]) -> Prompt:
 
 
 def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
-    """The same with few frames and steps, ending in lossless pictures.
+    """The quickstart with few frames and steps, saving lossless images.
 
-    A new seed for noise of strength 0 changes nothing but makes the host sample again, with the models it holds,
-    where it would answer an equal prompt from its cache.
+    Each call uses a new seed for noise of strength 0: the result is the same, but ComfyUI does not take it from its
+    cache.
     """
     conditioning = {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
     graph = quickstart(**{"ExVideoConditioning": conditioning, "KSampler": {"steps": steps}, **changes})
@@ -37,7 +37,7 @@ def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
 
 
 def unpatched(graph: Prompt) -> Prompt:
-    """Without ExVideoApply: its users read the checkpoint's model."""
+    """Remove ExVideoApply from a prompt, which then uses the checkpoint's model."""
     graph = copy.deepcopy(graph)
     apply = find(graph, "ExVideoApply")
     model = graph.pop(apply)["inputs"]["model"]
@@ -47,7 +47,7 @@ def unpatched(graph: Prompt) -> Prompt:
 
 
 def to_file(graph: Prompt, **inputs: Any) -> Prompt:  # noqa: ANN401 - a node's inputs
-    """With the pictures written by ExVideoSaveVideo, without a loss, in a folder of their own."""
+    """Replace decoding and saving images by ExVideoSaveVideo, with a lossless codec and in a subfolder."""
     graph = copy.deepcopy(graph)
     del graph["save"]
     key = find(graph, "ExVideoDecode")
@@ -57,5 +57,5 @@ def to_file(graph: Prompt, **inputs: Any) -> Prompt:  # noqa: ANN401 - a node's 
 
 
 def find(graph: Prompt, kind: str) -> str:
-    """The id of the first node of a class."""
+    """Id of the first node of a class."""
     return next(key for key, node in graph.items() if node["class_type"] == kind)

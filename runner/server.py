@@ -1,4 +1,4 @@
-"""A ComfyUI server with this pack, on a free loopback port, in a folder of its own. Runs in a host's Python."""
+"""A ComfyUI server with this pack, on a free loopback port, in a temporary folder. Runs in ComfyUI's Python."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ ProgressCallback = Callable[[str, int, int], None]
 
 
 class ServerError(RuntimeError):
-    """The server did not start or went away; the message holds the end of its log."""
+    """The server did not start or has stopped. The message contains the end of its log."""
 
 
 @dataclass
 class Result:
-    """How a prompt ended.
+    """Result of a prompt.
 
     Attributes:
-        status: `success`, `error`, `interrupted`, or `invalid` (refused before it ran).
+        status: `success`, `error`, `interrupted`, or `invalid` (rejected before it ran).
         outputs: node id -> its outputs, as in the history.
-        error: the failed node's `node_id`, `node_type`, `exception_type`, `exception_message`; of an invalid
-            prompt, the server's answer.
-        previews: how many pictures came while it ran.
+        error: `node_id`, `node_type`, `exception_type` and `exception_message` of the failed node, or the server's
+            response to an invalid prompt.
+        previews: number of preview images received.
     """
 
     status: str
@@ -52,15 +52,15 @@ class Result:
 
 
 class Server:
-    """Starts on `with`, stops and removes its folder after it.
+    """A context that starts a server, and at its end stops it and deletes its folder.
 
     Args:
-        host: the ComfyUI to run.
-        pack: the folder of the pack.
-        keep: leave the server's folder.
-        arguments: further ones of ComfyUI's command line.
-        prefix: how the name of the server's folder begins.
-        simulation: simulated cards to run on; None for what the machine has.
+        host: the ComfyUI install to run.
+        pack: folder of the pack.
+        keep: keep the server's folder.
+        arguments: additional command line arguments of ComfyUI.
+        prefix: prefix of the name of the server's folder.
+        simulation: simulated cards to run on (default: the machine's own devices).
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Server:
     def __enter__(self) -> Server:
         arguments = ["--listen", "127.0.0.1", "--port", str(self.port)]
         arguments += ["--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes"]
-        # Else the server opens, and may migrate, the database of the user's install.
+        # By default, the server would open, and possibly migrate, the database of the user's install.
         arguments += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}", *self._arguments]
         command, folder = self._command(arguments)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -112,7 +112,7 @@ class Server:
         self._stop()
 
     def _command(self, arguments: list[str]) -> tuple[list[str], Path]:
-        """What to run, and in which folder."""
+        """Command line and working directory."""
         if self.simulation is not None:
             return self.simulation.command(self.host.path, arguments), PACK
         import torch
@@ -121,20 +121,31 @@ class Server:
         return [sys.executable, "main.py", *device, *arguments], self.host.path
 
     def log(self) -> str:
+        """The server's log so far."""
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
 
     def get(self, path: str) -> Any:
+        """Response to a GET request."""
         return self._request("GET", path)[1]
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and response of a POST request."""
         return self._request("POST", path, json=body or {})
 
     def upload_image(self, path: Path) -> str:
+        """Upload an image.
+
+        Returns:
+            Its name on the server.
+
+        Raises:
+            ServerError: the upload failed.
+        """
         form = aiohttp.FormData()
         form.add_field("image", path.read_bytes(), filename=path.name)
         status, answer = self._request("POST", "/upload/image", data=form)
         if status != 200:
-            raise ServerError(f"upload of {path.name} failed: {answer}")
+            raise ServerError(f"Uploading {path.name} failed: {answer}")
         return str(answer["name"])
 
     def run(
@@ -144,16 +155,22 @@ class Server:
         timeout: float = 600,
         on_queued: Callable[[str], None] | None = None,
     ) -> Result:
-        """Queue an API-format prompt and wait for its end. Threads may run prompts side by side, each a client.
+        """Queue a prompt in API format and wait for its result. Several threads may call this at the same time.
 
         Args:
+            prompt: the prompt.
             on_progress: called with node id, step and number of steps.
+            timeout: in seconds.
             on_queued: called with the prompt's id.
+
+        Raises:
+            TimeoutError: the prompt did not finish in time.
+            ServerError: the server has stopped.
         """
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress, on_queued), timeout))
 
     def interrupt(self, prompt_id: str | None = None) -> None:
-        """Cancel what runs, or this prompt if it is what runs."""
+        """Cancel the running prompt, or only the given one if it is running."""
         self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else None)
 
     async def _run(
@@ -188,16 +205,16 @@ class Server:
                     return Result("interrupted", error=data)
                 if kind == "execution_success":
                     return Result("success", await self._outputs(session, prompt_id), previews=previews)
-            raise ServerError(f"the server closed the connection:\n{self.log()[-3000:]}")
+            raise ServerError(f"The server closed the connection:\n{self.log()[-3000:]}")
 
     async def _outputs(self, session: aiohttp.ClientSession, prompt_id: str) -> dict[str, Any]:
-        for _ in range(100):  # the history is written just after the message
+        for _ in range(100):  # the history is updated just after the message
             async with session.get(f"/history/{prompt_id}") as response:
                 entry = (await response.json()).get(prompt_id)
             if entry is not None:
                 return dict(entry["outputs"])
             await asyncio.sleep(0.05)
-        raise ServerError(f"prompt {prompt_id} is not in the history")
+        raise ServerError(f"Prompt {prompt_id} is not in the history.")
 
     def _request(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
         async def request() -> tuple[int, Any]:
@@ -215,7 +232,7 @@ class Server:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                raise ServerError(f"ComfyUI ended with {self.process.returncode}:\n{self.log()[-3000:]}")
+                raise ServerError(f"ComfyUI exited with code {self.process.returncode}:\n{self.log()[-3000:]}")
             try:
                 self.get("/system_stats")
                 return
@@ -234,7 +251,7 @@ class Server:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the server's folder, unless it is to be kept."""
+        """Delete the server's folder, unless it should be kept."""
         if self.keep:
             print(f"The server's folder: {self.base}")
         else:
@@ -242,7 +259,7 @@ class Server:
 
 
 def _link(target: Path, link: Path) -> None:
-    """A link to a folder: a junction on Windows, where symbolic links need rights."""
+    """Link a folder. Uses a junction on Windows, where symbolic links require privileges."""
     if sys.platform == "win32":
         subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(target)], check=True, capture_output=True)
     else:

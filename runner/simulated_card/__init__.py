@@ -1,7 +1,8 @@
-"""NVIDIA cards that are not there, for tests and for measures of memory on machines without one.
+"""Simulates NVIDIA cards, for tests and memory measurements on machines without one.
 
-`install` makes PyTorch believe in CUDA cards: their tensors say `cuda:0`, compute in RAM, count as memory of the card,
-and refuse to meet tensors of another device. `python -m runner.simulated_card` starts a ComfyUI on them.
+After `install`, PyTorch reports CUDA cards. Their tensors are on `cuda:0`, compute in RAM, count toward the card's
+memory, and raise errors when they meet tensors of another device. `python -m runner.simulated_card` starts ComfyUI on
+such cards.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ def install(
     headroom: int = 512 * MIB,
     page: int = 32 * MIB,
 ) -> None:
-    """Simulate cards in this process. Call it before `comfy` is imported, and enter `active()` in each thread.
+    """Simulate cards in this process. Call it before importing `comfy`, and enter `active()` in each thread.
 
     Args:
         cards: the cards, `cuda:0` first.
-        hollow: their tensors have sizes and no numbers, so that models of full size run for their memory alone.
-        dynamic: stand in for `comfy_aimdo` too, the library under ComfyUI's dynamic VRAM.
+        hollow: tensors have shapes but no data, to measure the memory of full-size models.
+        dynamic: also replace `comfy_aimdo`, the library behind ComfyUI's dynamic VRAM.
         headroom: bytes of each card that dynamic VRAM leaves free.
-        page: bytes of a page of dynamic VRAM.
+        page: page size of dynamic VRAM, in bytes.
 
     Raises:
-        RuntimeError: cards are installed already.
+        RuntimeError: cards are already installed.
     """
     from . import cuda
     from . import dynamic as dynamic_vram
@@ -47,12 +48,12 @@ def install(
 
 
 def memory(index: int = 0) -> CardMemory:
-    """What this process holds of a card: `.now`, `.peak`, `.reset_peak()`, and bytes copied either way."""
+    """Memory of a card in use by this process: `.now`, `.peak`, `.reset_peak()`, and bytes copied in each direction."""
     return machine.cards[index]
 
 
 def pinned() -> PinnedMemory:
-    """The page-locked host memory: `.now`, `.peak`, `.reset_peak()`."""
+    """Pinned host memory in use: `.now`, `.peak`, `.reset_peak()`."""
     return machine.pinned
 
 

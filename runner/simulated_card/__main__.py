@@ -1,4 +1,4 @@
-"""Starts a ComfyUI's main.py on simulated cards. Run it in the host's Python, in the pack's folder.
+"""Starts ComfyUI on simulated cards. Run it with ComfyUI's Python, in the pack's folder.
 
 python -m runner.simulated_card --host DIR --dynamic -- --listen 127.0.0.1 --port 8188
 """
@@ -23,15 +23,17 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", type=Path, required=True, help="the ComfyUI folder")
-    parser.add_argument("--cards", type=int, default=1, help="how many cards (default: 1)")
-    parser.add_argument("--vram", type=float, default=DEFAULT_CARDS[0].total / GIB, help="GiB of each (default: 24)")
-    parser.add_argument("--held", type=float, default=0, help="GiB of it that others hold (default: 0)")
-    parser.add_argument("--dynamic", action="store_true", help="with dynamic VRAM")
+    parser.add_argument("--cards", type=int, default=1, help="number of cards (default: 1)")
+    parser.add_argument(
+        "--vram", type=float, default=DEFAULT_CARDS[0].total / GIB, help="GiB of each card (default: 24)"
+    )
+    parser.add_argument("--held", type=float, default=0, help="GiB of it used by other programs (default: 0)")
+    parser.add_argument("--dynamic", action="store_true", help="use dynamic VRAM")
     parser.add_argument("--headroom", type=float, default=0.5, help="GiB that dynamic VRAM leaves free (default: 0.5)")
-    parser.add_argument("--page", type=float, default=32, help="MiB of a page of dynamic VRAM (default: 32)")
-    parser.add_argument("--hollow", action="store_true", help="tensors have sizes and no numbers")
-    parser.add_argument("--trace", action="store_true", help="write memory before and after each node to the log")
-    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="passed on to ComfyUI")
+    parser.add_argument("--page", type=float, default=32, help="page size of dynamic VRAM in MiB (default: 32)")
+    parser.add_argument("--hollow", action="store_true", help="tensors have shapes but no data")
+    parser.add_argument("--trace", action="store_true", help="log memory before and after each node")
+    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="arguments of ComfyUI")
     options = parser.parse_args()
     card = Card(int(options.vram * GIB), int(options.held * GIB))
     install(
@@ -40,7 +42,7 @@ def main() -> None:
     activate_threads(trace.attach if options.trace else None)
     host = options.host.resolve()
     os.chdir(host)
-    sys.path[0] = str(host)  # in the place of the pack's folder, whose `nodes` would hide the host's
+    sys.path[0] = str(host)  # instead of the pack's folder, whose `nodes` would hide ComfyUI's
     sys.argv = ["main.py", *options.arguments, *([] if options.dynamic else ["--disable-dynamic-vram"])]
     with active():
         runpy.run_path(str(host / "main.py"), run_name="__main__")

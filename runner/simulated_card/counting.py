@@ -1,4 +1,4 @@
-"""Counts what cards compute: a dispatch mode of the caller's sees each operator that runs on them."""
+"""Lets a dispatch mode observe the operators that run on simulated cards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _counter: contextvars.ContextVar[TorchDispatchMode | None] = contextvars.Context
 
 @contextlib.contextmanager
 def counting(mode: TorchDispatchMode) -> Iterator[None]:
-    """Within it, this thread's operators on cards run under a dispatch mode, which is entered for each of them.
+    """Run this thread's operators on cards under a dispatch mode, which is entered for each operator.
 
-    The mode sees plain tensors: in RAM, or on the meta device if cards are hollow. Copies between a card and RAM are
-    not shown to it; `memory().to_card` and `.to_host` count them.
+    The mode sees plain tensors, in RAM or on the meta device if cards are hollow. It does not see copies between a card
+    and RAM, which `memory().to_card` and `.to_host` count.
     """
     token = _counter.set(mode)
     try:
@@ -27,7 +27,7 @@ def counting(mode: TorchDispatchMode) -> Iterator[None]:
 
 
 def counted(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Call an operator of a card."""
+    """Call an operator, under the counting mode if there is one."""
     mode = _counter.get()
     if mode is None:
         return func(*args, **kwargs)
@@ -36,4 +36,5 @@ def counted(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 
 
 def is_counted() -> bool:
+    """Whether a counting mode is active in this context."""
     return _counter.get() is not None

@@ -1,6 +1,6 @@
-"""What stands for `torch.cuda` while cards are simulated.
+"""Replaces `torch.cuda` while cards are simulated.
 
-Work runs at once and in order, so streams and events have nothing to wait for.
+Operators run immediately and in order, so streams and events never have to wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Device = torch.device | str | int | None
 
 @dataclass(frozen=True)
 class Properties:
-    """What `torch.cuda.get_device_properties` tells."""
+    """The result of `torch.cuda.get_device_properties`."""
 
     name: str
     major: int
@@ -37,7 +37,7 @@ class Properties:
 
 
 class Stream:
-    """A stream whose work is done as soon as it is given."""
+    """A stream whose work completes immediately."""
 
     _handles = itertools.count(1)
 
@@ -76,7 +76,7 @@ class Stream:
 
 
 class Event:
-    """An event that has happened as soon as it is recorded."""
+    """An event that completes as soon as it is recorded."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self._time: float | None = None
@@ -94,10 +94,10 @@ class Event:
         return True
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds until another event.
+        """Milliseconds between this event and `end`.
 
         Raises:
-            RuntimeError: one of them has not been recorded.
+            RuntimeError: one of the events has not been recorded.
         """
         if self._time is None or end._time is None:
             raise RuntimeError("Both events must be recorded before calculating elapsed time.")
@@ -134,7 +134,7 @@ def default_stream(device: Device = None) -> Stream:
 
 def current_stream(device: Device = None) -> Stream:
     index = _index(device)
-    return _of_thread().get(index) or default_stream(index)
+    return _thread_streams().get(index) or default_stream(index)
 
 
 @contextmanager
@@ -147,13 +147,13 @@ def stream(stream: Stream | None) -> Iterator[None]:
 
 
 def _swap_stream(stream: Stream) -> Stream:
-    """Make a stream its card's current one; the one before."""
-    before = current_stream(stream.device)
-    _of_thread()[stream.device_index] = stream
-    return before
+    """Make a stream its card's current one, and return the previous one."""
+    previous = current_stream(stream.device)
+    _thread_streams()[stream.device_index] = stream
+    return previous
 
 
-def _of_thread() -> dict[int, Stream]:
+def _thread_streams() -> dict[int, Stream]:
     if not hasattr(_streams, "current"):
         _streams.current = {}
     return _streams.current
@@ -161,7 +161,7 @@ def _of_thread() -> dict[int, Stream]:
 
 def _require(value: Any, kind: type) -> None:  # noqa: ANN401
     if not isinstance(value, kind):
-        raise TypeError(f"expected a {kind.__name__} of the simulated card, not {type(value).__name__}")
+        raise TypeError(f"Expected a {kind.__name__} of a simulated card, got {type(value).__name__}.")
 
 
 def _index(device: Device) -> int:
@@ -190,25 +190,25 @@ def _stats(device: Device = None) -> dict[str, int]:
 
 
 def _outside(*_: Any) -> None:  # noqa: ANN401
-    raise RuntimeError("a thread computes on a simulated card outside of simulated_card.active()")
+    raise RuntimeError("This thread uses a simulated card outside of simulated_card.active().")
 
 
 def _no_record_stream(tensor: torch.Tensor, stream: Stream) -> None:
-    raise NotImplementedError(f"record_stream of a tensor on {tensor.device}: only tensors of a card have streams")
+    raise NotImplementedError(f"record_stream needs a tensor on a card, not on {tensor.device}.")
 
 
 class _NoGraphs:
-    """What a simulated card lacks."""
+    """Replaces CUDA graphs, which simulated cards do not support."""
 
     def __init__(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-        raise NotImplementedError("a simulated card has no CUDA graphs")
+        raise NotImplementedError("Simulated cards do not support CUDA graphs.")
 
 
 def install() -> None:
-    """Put the stand-ins into `torch.cuda`."""
+    """Patch `torch.cuda`."""
 
     def answer(value: Any = None) -> Any:  # noqa: ANN401
-        """A new function each time: PyTorch's compiler wants different ones."""
+        """A new function each time, because PyTorch's compiler requires distinct ones."""
         return lambda *_, **__: value
 
     runtime = SimpleNamespace(
@@ -216,7 +216,7 @@ def install() -> None:
         cudaHostUnregister=lambda address: machine.pinned.unregister(address),
         cudaMemGetInfo=lambda index: (machine.cards[index].free, machine.cards[index].card.total),
     )
-    stand_ins: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "_lazy_init": _outside,
         "init": answer(),
         "is_available": answer(True),
@@ -248,7 +248,7 @@ def install() -> None:
         "seed": answer(),
         "seed_all": answer(),
     }
-    of_memory: dict[str, Any] = {
+    memory_functions: dict[str, Any] = {
         "empty_cache": answer(),
         "mem_get_info": lambda device=None: (_memory(device).free, _memory(device).card.total),
         "memory_stats": _stats,
@@ -259,11 +259,11 @@ def install() -> None:
         "reset_peak_memory_stats": lambda device=None: _memory(device).reset_peak(),
         "memory_summary": lambda device=None, abbreviated=False: f"{_memory(device).now} bytes allocated",
     }
-    for name, value in {**stand_ins, **of_memory}.items():
+    for name, value in {**replacements, **memory_functions}.items():
         setattr(torch.cuda, name, value)
-    for name, value in of_memory.items():
+    for name, value in memory_functions.items():
         setattr(torch.cuda.memory, name, value)
     torch.Tensor.record_stream = _no_record_stream  # type: ignore[method-assign] - CardTensor has its own
     torch._C._host_emptyCache = machine.pinned.empty_cache  # type: ignore[attr-defined]
     if torch.version.cuda is None:
-        torch.version.cuda = "13.0"  # what a host takes for the sign of a build for NVIDIA
+        torch.version.cuda = "13.0"  # by which ComfyUI recognizes a build for NVIDIA

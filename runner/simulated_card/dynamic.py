@@ -1,8 +1,8 @@
-"""What stands for `comfy_aimdo`, the library under ComfyUI's dynamic VRAM: weights that come and go by pages.
+"""Replaces `comfy_aimdo`, the library behind ComfyUI's dynamic VRAM, which loads and evicts weights by pages.
 
-A model's weights have addresses of their own (a VBAR). To use a weight, the host faults its pages in and pins them.
-Unpinned pages are evicted when anything else needs the room, from the end of the least recently prepared model
-on. Pages below a model's watermark may be resident: pressure lowers it, preparing the model resets it.
+Each model's weights have their own address range (a VBAR). To use a weight, ComfyUI faults its pages in and pins them.
+When memory is needed, unpinned pages are evicted, starting with the last pages of the least recently prepared model.
+Only pages below a model's watermark may be resident: evictions lower it, preparing the model resets it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .tensor import CardTensor, IllegalAccess, allocation_of
 
 PAGE = 32 * MIB
 
-#: A weight's place, as the host passes it around: VBAR or buffer, address, bytes.
-Place = tuple["ModelVBAR | transfer.VRAMBuffer", int, int]
+#: Location of a weight, as ComfyUI passes it around: VBAR or buffer, address, bytes.
+Location = tuple["ModelVBAR | transfer.VRAMBuffer", int, int]
 
 
 @dataclass(eq=False)
@@ -31,12 +31,13 @@ class DynamicMemory:
     """Dynamic VRAM on one card.
 
     Attributes:
-        headroom: bytes of the card that are left free.
-        page: bytes of a page.
-        faults: how often weights were asked for.
-        misses: of these, how often they were not resident.
-        refusals: of these, how often there was no room for them, so that the host had to stream them.
-        evictions: pages taken back.
+        memory: memory of the card.
+        headroom: bytes of the card to leave free.
+        page: page size in bytes.
+        faults: number of requests for weights.
+        misses: number of requests whose weights were not resident.
+        refusals: number of requests for which there was not enough memory, so that ComfyUI streams the weights.
+        evictions: number of evicted pages.
     """
 
     memory: CardMemory
@@ -47,12 +48,12 @@ class DynamicMemory:
     refusals: int = 0
     evictions: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
-    #: The lowest priority first.
+    #: By ascending priority.
     _order: list[weakref.ref[ModelVBAR]] = field(default_factory=list, repr=False)
 
     @property
     def vbars(self) -> list[ModelVBAR]:
-        """The VBARs in use, the lowest priority first."""
+        """The VBARs in use, by ascending priority."""
         return list(self._alive())
 
     def _alive(self) -> Iterator[ModelVBAR]:
@@ -62,22 +63,22 @@ class DynamicMemory:
                 yield vbar
 
     def place(self, vbar: ModelVBAR, highest: bool = True) -> None:
-        """Give a VBAR the highest or the lowest priority."""
+        """Give a VBAR the highest or lowest priority."""
         others = [reference for reference in self._order if reference() not in (None, vbar)]
         own = weakref.ref(vbar)
         self._order = [*others, own] if highest else [own, *others]
 
     def deficit(self, size: int) -> int:
-        """Bytes that are short if `size` more are taken and the headroom is kept."""
+        """Bytes to free before `size` bytes can be allocated without using the headroom."""
         return size + self.headroom - self.memory.free
 
     def make_room(self, size: int) -> None:
-        """Evict until `size` bytes and the headroom are free, or nothing is left to evict."""
+        """Evict pages until `size` bytes and the headroom are free, as far as possible."""
         with self.lock:
             self.evict(self.deficit(size))
 
     def evict(self, size: int) -> None:
-        """Take back this many bytes, if there are so many unpinned."""
+        """Evict `size` bytes, or all unpinned pages if these are fewer."""
         pages = -(-size // self.page)
         for vbar in self._alive():
             while pages > 0 and vbar.watermark > vbar.watermark_limit:
@@ -91,16 +92,16 @@ class _Page:
         self.resident = False
         self.pins = 0
         self.serial = 0
-        #: The weights that lie in it, while it is resident.
+        #: The weights in this page while it is resident.
         self.weights: list[CardTensor] = []
 
 
 class ModelVBAR:
-    """Addresses for a model's weights; the interface of `comfy_aimdo.model_vbar.ModelVBAR`.
+    """Address range for a model's weights, with the interface of `comfy_aimdo.model_vbar.ModelVBAR`.
 
     Attributes:
-        max_size: bytes of addresses that can be given out.
-        offset: bytes of addresses that have been given out. None is ever taken back.
+        max_size: size of the address range in bytes.
+        offset: allocated bytes of the address range; addresses are never freed.
     """
 
     _bases = iter(range(1 << 44, 1 << 62, 1 << 44))
@@ -120,7 +121,7 @@ class ModelVBAR:
 
     @property
     def pins(self) -> int:
-        """How often pages are pinned at present."""
+        """Number of pins on all pages."""
         return sum(page.pins for page in self._pages)
 
     def prioritize(self, *_: int) -> None:
@@ -132,11 +133,11 @@ class ModelVBAR:
         with self.state.lock:
             self.state.place(self, highest=False)
 
-    def alloc(self, num_bytes: int) -> Place:
-        """Give out addresses, aligned to 512.
+    def alloc(self, num_bytes: int) -> Location:
+        """Allocate addresses, aligned to 512 bytes.
 
         Raises:
-            MemoryError: all have been given out.
+            MemoryError: the address range is exhausted.
         """
         self.offset = -(-self.offset // 512) * 512
         if self.offset + num_bytes > self.max_size:
@@ -146,10 +147,10 @@ class ModelVBAR:
         return self, address, num_bytes
 
     def fault(self, address: int, size: int) -> list[int] | None:
-        """Bring pages in and pin them.
+        """Load and pin pages.
 
         Returns:
-            A signature that changes when one has been evicted meanwhile; None if there is no room.
+            A signature that changes once a page has been evicted, or None if there is not enough memory.
         """
         with self.state.lock:
             self.state.faults += 1
@@ -179,7 +180,7 @@ class ModelVBAR:
         return span.stop <= self.watermark
 
     def _make_room(self, span: range, missing: int) -> None:
-        """Evict others, or own pages from the end, until every absent page up to the span's end would have room."""
+        """Evict other models' pages, or own ones from the end, until all pages up to the span's end would fit."""
         surplus = -self.state.deficit(missing * self.state.page)
         others = sum(not page.resident for page in self._pages[: min(span.stop, self.watermark)]) - missing
         for vbar in self.state.vbars:
@@ -200,7 +201,7 @@ class ModelVBAR:
                     self._evict(number)
 
     def lower_watermark(self) -> int:
-        """Give up the last page below the watermark; 1 if that frees it, 0 if it is absent or pinned."""
+        """Evict the last page below the watermark. Returns 1 if this frees memory, 0 if it is absent or pinned."""
         self.watermark -= 1
         return int(self._evict(self.watermark))
 
@@ -240,10 +241,10 @@ class ModelVBAR:
             self.watermark = target
 
     def tensor(self, address: int, size: int) -> CardTensor:
-        """The memory at an address [size], uint8, filled with NaN (of any floating-point type) after a miss.
+        """The memory at an address as uint8 [size], filled with NaN (in any floating-point dtype) after a miss.
 
         Raises:
-            IllegalAccess: it is not resident.
+            IllegalAccess: the page is not resident.
         """
         found = self._weights.get(address)
         if found is not None and found.allocation.valid and found.inner.numel() == size:
@@ -273,20 +274,20 @@ _states: dict[int, DynamicMemory] = {}
 
 
 def state(index: int = 0) -> DynamicMemory:
-    """Dynamic VRAM on a card.
+    """Dynamic VRAM of a card.
 
     Raises:
-        KeyError: it is not installed.
+        KeyError: dynamic VRAM is not installed.
     """
     return _states[index]
 
 
 def states() -> list[DynamicMemory]:
-    """Dynamic VRAM of all cards; none if it is not installed."""
+    """Dynamic VRAM of all cards, empty if it is not installed."""
     return list(_states.values())
 
 
-def _unpin(place: Place | None) -> None:
+def _unpin(place: Location | None) -> None:
     if place is not None:
         vbar, address, size = place
         vbar.unpin(address, size)
@@ -319,7 +320,7 @@ def _init_devices(devices: Iterable[int | tuple[int, int]]) -> bool:
 
 
 def install(headroom: int, page: int = PAGE) -> None:
-    """Put the stand-ins in the place of `comfy_aimdo`, whether it is installed or not."""
+    """Replace `comfy_aimdo`, whether it is installed or not."""
     for memory in machine.cards:
         dynamic = _states[memory.index] = DynamicMemory(memory, headroom, page)
         memory.make_room = dynamic.make_room
@@ -329,7 +330,7 @@ def install(headroom: int, page: int = PAGE) -> None:
 
     levels = ("none", "critical", "error", "warning", "info", "detail", "debug", "verbose", "vverbose")
     package = sys.modules["comfy_aimdo"] = types.ModuleType("comfy_aimdo")
-    package.__path__ = []  # type: ignore[attr-defined] - what makes it a package
+    package.__path__ = []  # type: ignore[attr-defined] - makes it a package
     for name, content in {
         "control": {
             "lib": object(),

@@ -1,6 +1,6 @@
-"""What is done with tensors of simulated cards: PyTorch functions, run on the tensors in RAM behind them.
+"""Runs PyTorch functions of simulated cards on their tensors in RAM.
 
-Each function runs whole, as one kernel of a card does: only what it returns takes memory of the card.
+Each function runs as a whole, like a single kernel of a card: only its result uses memory of the card.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 
 class _CardMode(TorchFunctionMode):
-    """Sees the functions that no tensor of a card takes part in, such as `torch.zeros(..., device="cuda")`."""
+    """Handles functions without tensors of a card as arguments, such as `torch.zeros(..., device="cuda")`."""
 
     def __torch_function__(
         self, func: Function, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -34,16 +34,16 @@ class _CardMode(TorchFunctionMode):
 
 @contextlib.contextmanager
 def active() -> Iterator[None]:
-    """Within it, this thread computes on the simulated cards. PyTorch's modes belong to one thread each."""
+    """A context in which this thread uses the simulated cards. PyTorch's function modes are local to a thread."""
     with _CardMode():
         yield
 
 
 def activate_threads(first: Callable[[], None] | None = None) -> None:
-    """Make threads that start from here on compute on the simulated cards.
+    """Make all threads that start from now on use the simulated cards.
 
     Args:
-        first: called at the beginning of each.
+        first: called at the start of each thread.
     """
     run = threading.Thread.run
 
@@ -57,11 +57,11 @@ def activate_threads(first: Callable[[], None] | None = None) -> None:
 
 
 def call(func: Function, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Run a function, an operator or a property of PyTorch that may involve cards.
+    """Run a function, operator or property of PyTorch that may involve cards.
 
     Raises:
-        DeviceMismatch: tensors of different devices meet in it.
-        torch.OutOfMemoryError: a card has no room for the result.
+        DeviceMismatch: the tensors are on different devices.
+        torch.OutOfMemoryError: the result does not fit on the card.
     """
     for kind in types:
         if kind is not CardTensor and not issubclass(kind, torch.Tensor):
@@ -88,7 +88,7 @@ def name_of(func: Function) -> str:
 
 
 def operate(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Run a function on the tensors in RAM, and give its results to the card."""
+    """Run a function on the tensors in RAM, and move its results to the card."""
     tensors: list[torch.Tensor] = []
     _collect(args, tensors)
     if kwargs:
@@ -115,24 +115,24 @@ def operate(func: Function, name: str, args: Sequence[Any], kwargs: dict[str, An
     if machine.hollow:
         found = hollow.without_numbers(func, name, args, kwargs)
         if found is not NotImplemented:
-            return _give(found, index, {})
+            return _to_card(found, index, {})
     inner_args, inner_kwargs = [_unwrapped(value) for value in args], _unwrapped(kwargs) if kwargs else kwargs
     if machine.hollow and not is_counted():
         result = remembered.run(func, name, inner_args, inner_kwargs)
     else:
         result = counted(func, inner_args, inner_kwargs)
-    return _give(result, index, {id(tensor.inner): tensor for tensor in cards})
+    return _to_card(result, index, {id(tensor.inner): tensor for tensor in cards})
 
 
 def _collect(values: Iterable[Any], found: list[torch.Tensor]) -> None:
-    """Add the tensors among values, and in lists of them."""
+    """Append all tensors in `values` and nested containers to `found`."""
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, tuple):
             _collect(value, found)
         elif isinstance(value, list):
-            # A list of numbers, as torch.tensor takes it, may be long.
+            # Lists of numbers, as for torch.tensor, can be long.
             if value and not isinstance(value[0], int | float | str):
                 _collect(value, found)
         elif isinstance(value, dict):
@@ -152,14 +152,14 @@ def _unwrapped(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def _give(value: Any, index: int | None, given: dict[int, CardTensor]) -> Any:  # noqa: ANN401
-    """Results as tensors of a card. What came in, as `out` or to be changed in place, goes out as the same object."""
+def _to_card(value: Any, index: int | None, inputs: dict[int, CardTensor]) -> Any:  # noqa: ANN401
+    """Wrap results as tensors of a card. Inputs that are returned (in place, or as `out`) keep their identity."""
 
-    def give(item: Any) -> Any:  # noqa: ANN401
+    def wrap(item: Any) -> Any:  # noqa: ANN401
         if not isinstance(item, torch.Tensor) or type(item) is CardTensor or index is None:
             return item
-        return given[id(item)] if id(item) in given else CardTensor(item, index)
+        return inputs[id(item)] if id(item) in inputs else CardTensor(item, index)
 
     if isinstance(value, torch.Tensor):
-        return give(value)
-    return tree_map(give, value) if isinstance(value, list | tuple | dict) and type(value) is not torch.Size else value
+        return wrap(value)
+    return tree_map(wrap, value) if isinstance(value, list | tuple | dict) and type(value) is not torch.Size else value

@@ -1,6 +1,6 @@
-"""Hollow cards: functions whose result depends on numbers, for tensors that have none.
+"""Hollow cards: functions that need the data of tensors without data.
 
-Numbers read as 0, lists and copies in RAM hold zeros; what is written is dropped.
+All data reads as zeros, and writes are ignored.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _NUMBERS: dict[str, Any] = {
 
 
 def without_numbers(func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """The result of a function that the meta device does not have; NotImplemented for one that it has.
+    """Result of a function that the meta device does not support, or NotImplemented if it does.
 
-    Tensors of the result are on the meta device, or in RAM if that is where they go.
+    Tensors in the result are on the meta device, or in RAM if they are copied there.
     """
     if name in _NUMBERS:
         return _NUMBERS[name]
@@ -46,14 +46,14 @@ def without_numbers(func: Callable[..., Any], name: str, args: Sequence[Any], kw
 
 
 def blank(tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str | None = "meta") -> torch.Tensor:
-    """A tensor of the same shape: of zeros in RAM, or without numbers on the meta device."""
+    """A tensor of the same shape: zeros in RAM, or without data on the meta device."""
     inner = tensor.inner if isinstance(tensor, CardTensor) else tensor
     make = torch.zeros_like if torch.device(device or "meta").type == "cpu" else torch.empty_like
     return make(inner, dtype=dtype or inner.dtype, device=device or "meta")
 
 
 def _attention(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """As one operator without a matrix of scores, as cards have it; a counting mode sees it as such."""
+    """Attention as a single operator without a score matrix, as on cards."""
     if len(args) != 3 or kwargs.get("attn_mask") is not None or kwargs.get("enable_gqa"):
         return NotImplemented
     query, key, value = (tensor.inner for tensor in args)

@@ -10,17 +10,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Simulation:
-    """Cards for a ComfyUI of its own process.
+    """Simulated cards for a ComfyUI process.
 
     Attributes:
-        cards: how many.
-        vram: GiB of memory of each.
-        held: GiB of it that others hold.
-        dynamic: with dynamic VRAM, as ComfyUI has it on NVIDIA cards.
+        cards: number of cards.
+        vram: GiB of memory per card.
+        held: GiB of it used by other programs.
+        dynamic: use dynamic VRAM, ComfyUI's default on NVIDIA cards.
         headroom: GiB that dynamic VRAM leaves free.
-        page: MiB of a page of dynamic VRAM; small ones let a part of a small model in.
-        hollow: tensors have sizes and no numbers.
-        trace: write memory to the log, for `trace.read`.
+        page: page size of dynamic VRAM in MiB; small pages allow loading parts of a small model.
+        hollow: tensors have shapes but no data.
+        trace: log memory, for `trace.read`.
     """
 
     cards: int = 1
@@ -33,7 +33,7 @@ class Simulation:
     trace: bool = True
 
     def command(self, host: Path, arguments: Sequence[str]) -> list[str]:
-        """What to run, in the pack's folder, for a host's main.py with these arguments."""
+        """Command line that starts ComfyUI with these arguments, to be run in the pack's folder."""
         command = [sys.executable, "-m", "runner.simulated_card", "--host", str(host)]
         for name in ("cards", "vram", "held", "headroom", "page"):
             command += [f"--{name}", str(getattr(self, name))]

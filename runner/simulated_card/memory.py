@@ -1,4 +1,4 @@
-"""Memory of simulated cards and of the pinned memory beside them."""
+"""Memory of simulated cards, and pinned host memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 GIB = 2**30
 MIB = 2**20
-#: PyTorch's CUDA allocator gives out blocks of multiples of this.
+#: Block sizes of PyTorch's CUDA allocator are multiples of this.
 BLOCK = 512
 
 
@@ -20,8 +20,8 @@ class Card:
 
     Attributes:
         total: memory in bytes.
-        held: bytes of it that the desktop and the driver hold.
-        name: what `torch.cuda.get_device_name` says.
+        held: bytes of it used by the desktop and the driver.
+        name: result of `torch.cuda.get_device_name`.
         capability: CUDA compute capability.
     """
 
@@ -32,12 +32,12 @@ class Card:
 
 
 class CardMemory:
-    """What a process holds of one card, in bytes.
+    """Memory of a card in use by this process, in bytes.
 
     Attributes:
-        now: held at present.
-        peak: the most that was held since the start or the last `reset_peak`.
-        to_card, to_host: copied over the bus, in either direction.
+        now: current use.
+        peak: maximum since the start or the last `reset_peak`.
+        to_card, to_host: bytes copied in each direction.
     """
 
     def __init__(self, card: Card, index: int) -> None:
@@ -47,23 +47,23 @@ class CardMemory:
         self.peak = 0
         self.to_card = 0
         self.to_host = 0
-        #: Called with the size of a coming allocation, to give back memory that others can do without.
+        #: Called before each allocation with its size, to free memory.
         self.make_room: Callable[[int], None] | None = None
         self._lock = threading.RLock()
 
     @property
     def free(self) -> int:
-        """Bytes that nobody holds."""
+        """Free bytes."""
         return max(self.card.total - self.card.held - self.now, 0)
 
     def reset_peak(self) -> None:
         self.peak = self.now
 
     def allocate(self, size: int) -> None:
-        """Take bytes.
+        """Allocate `size` bytes.
 
         Raises:
-            torch.OutOfMemoryError: the card has not that many left.
+            torch.OutOfMemoryError: fewer bytes are free.
         """
         with self._lock:
             if size and self.make_room is not None:
@@ -77,7 +77,7 @@ class CardMemory:
             self.hold(size)
 
     def hold(self, size: int) -> None:
-        """Count bytes that are known to be free."""
+        """Allocate bytes that are known to be free."""
         with self._lock:
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -88,15 +88,15 @@ class CardMemory:
 
 
 class PinnedMemory:
-    """Page-locked host memory, in bytes.
+    """Pinned (page-locked) host memory, in bytes.
 
-    PyTorch's allocator rounds each request up to a power of two and keeps freed blocks for requests of the same size.
+    PyTorch's allocator rounds each request up to a power of two and caches freed blocks for requests of the same size.
 
     Attributes:
-        now: held from the operating system: blocks in use, cached blocks and registered ranges.
-        peak: the most that was held since the start or the last `reset_peak`.
-        cached: freed blocks that wait for the next request.
-        registered: ranges locked by `cudaHostRegister`.
+        now: blocks in use, cached blocks and registered ranges.
+        peak: maximum since the start or the last `reset_peak`.
+        cached: cached blocks.
+        registered: ranges pinned by `cudaHostRegister`.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class PinnedMemory:
         self.peak = self.now
 
     def allocate(self, size: int) -> int:
-        """Take a block for `size` bytes; the block's size."""
+        """Allocate a block for `size` bytes, and return the size of the block."""
         block = 1 << max(size - 1, 0).bit_length()
         with self._lock:
             if self._free_blocks.get(block):
@@ -134,7 +134,7 @@ class PinnedMemory:
             self._free_blocks.clear()
 
     def register(self, address: int, size: int) -> int:
-        """Lock a range as `cudaHostRegister` does: 0, or 712 if a part of it is locked already."""
+        """Pin a range like `cudaHostRegister`. Returns 0, or 712 if a part of it is already pinned."""
         with self._lock:
             if any(start < address + size and address < start + length for start, length in self._ranges.items()):
                 return 712
@@ -144,7 +144,7 @@ class PinnedMemory:
         return 0
 
     def unregister(self, address: int) -> int:
-        """Unlock a range as `cudaHostUnregister` does: 0, or 713 if none begins there."""
+        """Unpin a range like `cudaHostUnregister`. Returns 0, or 713 if no range starts at this address."""
         with self._lock:
             size = self._ranges.pop(address, None)
             if size is None:
@@ -154,6 +154,7 @@ class PinnedMemory:
         return 0
 
     def holds(self, address: int) -> bool:
+        """Whether an address is in a registered range."""
         return any(start <= address < start + size for start, size in list(self._ranges.items()))
 
     def _hold(self, size: int) -> None:
@@ -162,10 +163,10 @@ class PinnedMemory:
 
 
 class Machine:
-    """The cards and the pinned memory of this process.
+    """The simulated cards and pinned memory of this process.
 
     Attributes:
-        hollow: tensors of the cards have sizes and no numbers.
+        hollow: whether the cards' tensors have shapes but no data.
     """
 
     def __init__(self) -> None:
@@ -175,7 +176,7 @@ class Machine:
 
     def set_up(self, cards: Sequence[Card], hollow: bool) -> None:
         if self.cards:
-            raise RuntimeError("simulated cards are installed already")
+            raise RuntimeError("Simulated cards are already installed.")
         self.cards = [CardMemory(card, index) for index, card in enumerate(cards)]
         self.hollow = hollow
 

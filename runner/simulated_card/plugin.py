@@ -1,4 +1,4 @@
-"""For pytest's `-p`: tests that ask for a CUDA card get a simulated one, with dynamic VRAM."""
+"""Pytest plugin that gives tests a simulated card with dynamic VRAM. Load it with `-p`."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from . import active, install
 
 install(dynamic=True)
 _mode = active()
-_mode.__enter__()  # for as long as pytest runs, its collection included
+_mode.__enter__()  # never exited: it is active while pytest collects and runs tests

@@ -1,4 +1,4 @@
-"""Hollow cards: shapes of results that have been worked out before. PyTorch's own way to them takes a millisecond."""
+"""Hollow cards: caches the shapes of results, since PyTorch takes about a millisecond to infer them."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from typing import Any
 
 import torch
 
-#: Functions whose result depends on the shapes of tensors and on plain arguments only.
-_KNOWN = {
+#: Functions whose result depends only on the shapes of tensors and on plain arguments.
+_CACHEABLE = {
     "add", "sub", "mul", "div", "addcmul", "square", "mean", "sum", "rsqrt", "gelu", "silu", "sigmoid", "softmax",
     "lerp", "linear", "conv1d", "conv2d", "conv3d", "group_norm", "layer_norm", "interpolate", "cat", "clone",
     "contiguous", "flatten", "reshape", "repeat_interleave",
 }  # fmt: skip
-#: Functions that give their first argument back, changed.
+#: Functions that modify and return their first argument.
 _IN_PLACE = {"add_", "sub_", "mul_", "div_", "square_", "clamp_", "fill_", "zero_"}
 
-_found: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+_cache: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
 
 def run(func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """A function of tensors on the meta device, run only if its like has not been run before."""
-    if name not in _KNOWN and name not in _IN_PLACE:
+    """Run a function of tensors on the meta device, or take the shape of its result from the cache."""
+    if name not in _CACHEABLE and name not in _IN_PLACE:
         return func(*args, **kwargs)
     key = (name, _key(args), _key(tuple(sorted(kwargs.items()))), torch.get_default_dtype())
     try:
-        known = _found.get(key)
-    except TypeError:  # an argument that is neither a tensor nor plain
+        cached = _cache.get(key)
+    except TypeError:  # an argument is not hashable
         return func(*args, **kwargs)
-    given = kwargs.get("out", args[0] if name in _IN_PLACE or kwargs.get("inplace") else None)
-    if known is not None:
-        shape, strides, dtype = known
-        return torch.empty_strided(shape, strides, dtype=dtype, device="meta") if given is None else given
+    out = kwargs.get("out", args[0] if name in _IN_PLACE or kwargs.get("inplace") else None)
+    if cached is not None:
+        shape, strides, dtype = cached
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta") if out is None else out
     result = func(*args, **kwargs)
-    if result is given or isinstance(result, torch.Tensor) and _is_new(result, args):
-        _found[key] = (result.shape, result.stride(), result.dtype)
+    if result is out or isinstance(result, torch.Tensor) and _is_new(result, args):
+        _cache[key] = (result.shape, result.stride(), result.dtype)
     return result
 
 
 def _is_new(result: torch.Tensor, args: Sequence[Any]) -> bool:
-    """Whether it is no view of a tensor that was given."""
+    """Whether a result is not a view of an argument."""
     storage = result.untyped_storage()._cdata
     return all(tensor.untyped_storage()._cdata != storage for tensor in _tensors(args))
 

@@ -1,4 +1,4 @@
-"""Functions that a card treats in its own way: copies between devices, pinned memory, reading numbers."""
+"""Functions with special handling on cards: copies between devices, pinned memory, reading data."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _FALSE = {"is_cpu", "is_meta", "is_mps", "is_xpu", "requires_grad"}
 
 
 def get_property(func: Function, tensor: CardTensor) -> Any:  # noqa: ANN401
+    """Value of a property of a card's tensor."""
     name = func.__self__.__name__  # type: ignore[attr-defined] - of a property's getter
     if name == "device":
         return torch.device("cuda", tensor.index)
@@ -31,23 +32,28 @@ def get_property(func: Function, tensor: CardTensor) -> Any:  # noqa: ANN401
 
 
 def set_property(func: Function, tensor: torch.Tensor, value: Any) -> None:  # noqa: ANN401
+    """Set a property of a tensor, if cards support it.
+
+    Raises:
+        NotImplementedError: cards do not support it.
+    """
     name = func.__self__.__name__  # type: ignore[attr-defined] - of a property's setter
     if name == "data" and (isinstance(tensor, CardTensor) or isinstance(value, CardTensor)):
         _become(tensor, value)
     elif isinstance(tensor, CardTensor):
         if name != "requires_grad" and not (name == "grad" and value is None):
-            raise NotImplementedError(f"a simulated card has no {name} to set")
+            raise NotImplementedError(f"Tensors of simulated cards do not support setting {name}.")
     else:
         func(tensor, value)
 
 
 def _become(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Make a tensor one of another device in place, with its attributes, as `.data = ` does."""
+    """Replace a tensor in place by one on another device, keeping its attributes, as `.data = ` does."""
     attributes = {key: item for key, item in tensor.__dict__.items() if key not in _OWN}
     if isinstance(value, CardTensor):
         new: torch.Tensor = CardTensor(reveal(value), value.index)
         if isinstance(tensor, torch.nn.Parameter):
-            new._is_param = True  # type: ignore[attr-defined] - how isinstance knows a parameter
+            new._is_param = True  # type: ignore[attr-defined] - isinstance(new, Parameter) checks this
     else:
         new = value.detach()
         if isinstance(tensor, torch.nn.Parameter):
@@ -64,7 +70,7 @@ def convert(
     memory_format: torch.memory_format | None = None,
     copy: bool = False,
 ) -> Any:  # noqa: ANN401 - a tensor or NotImplemented
-    """`tensor.to(...)`; NotImplemented where no card takes part in it. None for the device that it is on."""
+    """`tensor.to(...)`, or NotImplemented if no card is involved. `device` None keeps the tensor's device."""
     own = tensor.index if isinstance(tensor, CardTensor) else None
     target = own if device is None else devices.card_index(device)
     if own is not None and target is None and torch.device(device).type != "cpu":
@@ -96,10 +102,10 @@ def _to(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # 
     tensor, rest = args[0], list(args[1:])
     kwargs = dict(kwargs)
     copy = bool(kwargs.pop("copy", False))
-    place = 2 if rest and isinstance(rest[0], torch.dtype | torch.Tensor) else 3
-    if len(rest) > place:
-        copy = bool(rest[place])
-        del rest[place]
+    position = 2 if rest and isinstance(rest[0], torch.dtype | torch.Tensor) else 3
+    if len(rest) > position:
+        copy = bool(rest[position])
+        del rest[position]
     other = rest[0] if rest and isinstance(rest[0], torch.Tensor) else kwargs.get("other")
     if other is not None:
         return convert(tensor, devices.device_name(other), other.dtype, kwargs.get("memory_format"), copy)
@@ -126,7 +132,7 @@ def _copy(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  
 
 
 class _PinnedBlock:
-    """Lives as long as the storage that it is an attribute of."""
+    """Attribute of a storage that frees its pinned memory along with it."""
 
     def __init__(self, size: int) -> None:
         self.size = machine.pinned.allocate(size)
@@ -136,7 +142,7 @@ class _PinnedBlock:
 
 
 def pin(tensor: torch.Tensor) -> torch.Tensor:
-    """Count a new tensor in RAM as pinned; the tensor."""
+    """Mark a new tensor in RAM as pinned, and return it."""
     storage = tensor.untyped_storage()
     storage._pinned_block = _PinnedBlock(storage.nbytes())  # type: ignore[attr-defined]
     return tensor
@@ -145,31 +151,32 @@ def pin(tensor: torch.Tensor) -> torch.Tensor:
 def _pin_memory(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
     tensor = args[0]
     if isinstance(tensor, CardTensor):
-        raise RuntimeError(f"cannot pin a tensor on cuda:{tensor.index}: only dense CPU tensors can be pinned")
+        raise RuntimeError(f"Cannot pin a tensor on cuda:{tensor.index}: only dense CPU tensors can be pinned.")
     return tensor if is_pinned(tensor) else pin(tensor.detach().clone())
 
 
 def is_pinned(tensor: torch.Tensor, device: Any = None) -> bool:  # noqa: ANN401
+    """Whether a tensor is in pinned memory."""
     if isinstance(tensor, CardTensor) or tensor.device.type != "cpu":
         return False
     return hasattr(tensor.untyped_storage(), "_pinned_block") or machine.pinned.holds(tensor.data_ptr())
 
 
 def _as_tensor(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """as_tensor and tensor take further tensors, and as_tensor its device by position."""
+    """`torch.tensor`, `as_tensor` and `asarray`, which also accept tensors."""
     names = ("data", "dtype", "device")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    data, device = given.pop("data", None), given.pop("device", None)
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    data, device = options.pop("data", None), options.pop("device", None)
     if isinstance(data, torch.Tensor):
-        copy = func is torch.tensor or bool(given.get("copy"))
-        found = convert(data, device, given.get("dtype"), copy=copy)
+        copy = func is torch.tensor or bool(options.get("copy"))
+        found = convert(data, device, options.get("dtype"), copy=copy)
         return func(*args, **kwargs) if found is NotImplemented else found
     index = None if device is None else devices.card_index(device)
     if index is None:
         return NotImplemented
-    given.pop("pin_memory", None)
-    made = func(data, **given)
-    return CardTensor(hollow.blank(made, None) if machine.hollow else made, index)
+    options.pop("pin_memory", None)
+    tensor = func(data, **options)
+    return CardTensor(hollow.blank(tensor, None) if machine.hollow else tensor, index)
 
 
 def _refuse_numpy(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
@@ -184,7 +191,7 @@ def _refuse_numpy(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -
 def _refuse_autograd(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     if not isinstance(args[0], CardTensor):
         return NotImplemented
-    raise NotImplementedError("a simulated card has no autograd")
+    raise NotImplementedError("Simulated cards do not support autograd.")
 
 
 def _deepcopy(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
@@ -203,7 +210,7 @@ def _from_host(tensor: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def _on_card(handler: Callable[..., Any]) -> Function:
-    """For tensors of a card alone: `handler(tensor, *args)`."""
+    """A handler for tensors of a card only: `handler(tensor, *args)`."""
 
     def handle(func: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         return handler(*args, **kwargs) if isinstance(args[0], CardTensor) else NotImplemented
@@ -242,7 +249,7 @@ def _cudnn(
     groups: int,
     **_: Any,  # noqa: ANN401
 ) -> torch.Tensor:
-    """The host calls cuDNN by name for some versions of it."""
+    """ComfyUI calls cuDNN directly with some of its versions."""
     return torch.convolution(tensor, weight, None, stride, padding, dilation, False, [0] * len(padding), groups)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of a simulated card: they say that they are on `cuda:N`, and hold a tensor in RAM that nobody else sees."""
+"""Tensors of a simulated card, which report the device `cuda:N` and wrap a tensor in RAM."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .memory import BLOCK, CardMemory, machine
 
 
 class DeviceMismatch(RuntimeError):
-    """Tensors of different devices met in one operator."""
+    """The tensors of an operator are on different devices."""
 
 
 class IllegalAccess(RuntimeError):
-    """Memory of a card was used after it had been given back."""
+    """Memory of a card was used after it was freed."""
 
 
 class Allocation:
-    """A block of a card's memory, shared by the tensors that are views of it; freed with the last of them."""
+    """A block of a card's memory, freed with the last tensor that is a view of it."""
 
     __slots__ = ("storage", "size", "memory", "valid", "__weakref__")
 
     def __init__(self, storage: torch.UntypedStorage, memory: CardMemory | None) -> None:
-        self.size = 0  # for __del__, if there is no room
+        self.size = 0  # for __del__, if the allocation fails
         self.memory = memory
         self.storage = storage
         self.valid = True
@@ -39,18 +39,19 @@ class Allocation:
             self.memory.release(self.size)
 
 
-#: Allocations by their storage's address; each keeps its storage, so that no address comes twice.
+#: Allocations by their storage's address. Each keeps its storage alive, so that addresses are unique.
 _allocations: weakref.WeakValueDictionary[int, Allocation] = weakref.WeakValueDictionary()
 
 
 def allocation_of(storage: torch.UntypedStorage, memory: CardMemory | None) -> Allocation:
-    """The allocation of a storage: the one its views have already, or a new one.
+    """The existing allocation of a storage, or a new one.
 
     Args:
-        memory: the card that pays for a new one; None if it is paid for elsewhere.
+        storage: the storage.
+        memory: the card whose memory a new allocation uses; None if it is counted elsewhere.
 
     Raises:
-        torch.OutOfMemoryError: the card has no room for it.
+        torch.OutOfMemoryError: the allocation does not fit on the card.
     """
     key = storage._cdata
     found = _allocations.get(key)
@@ -62,15 +63,15 @@ def allocation_of(storage: torch.UntypedStorage, memory: CardMemory | None) -> A
 class CardTensor(torch.Tensor):
     """A tensor of a simulated card.
 
-    Everything that is done with it goes through `functions.call`.
+    All its operators go through `functions.call`.
 
     Args:
-        inner: the tensor in RAM with the numbers, or on the meta device if cards are hollow.
-        index: number of the card.
-        allocation: the memory it lies in, if it is known.
+        inner: the tensor in RAM, or on the meta device if cards are hollow.
+        index: index of the card.
+        allocation: its memory, if it is already allocated.
 
     Raises:
-        torch.OutOfMemoryError: the card has no room for it.
+        torch.OutOfMemoryError: the tensor does not fit on the card.
     """
 
     inner: torch.Tensor
@@ -92,7 +93,7 @@ class CardTensor(torch.Tensor):
         return tensor
 
     def record_stream(self, stream: object) -> None:
-        """Nothing to do: memory is freed in order."""
+        """Does nothing, since operators run in order."""
 
     @classmethod
     def __torch_function__(
@@ -113,7 +114,7 @@ def reveal(tensor: CardTensor) -> torch.Tensor:
     """The tensor in RAM.
 
     Raises:
-        IllegalAccess: dynamic VRAM has taken the memory back.
+        IllegalAccess: dynamic VRAM has evicted the memory.
     """
     if not tensor.allocation.valid:
         raise IllegalAccess(

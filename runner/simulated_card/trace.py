@@ -1,4 +1,4 @@
-"""What a ComfyUI on simulated cards holds of them, before and after each node and each load of models, in its log."""
+"""Logs the memory of simulated cards before and after each node and each loading of models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _attached = False
 
 
 def attach() -> None:
-    """Follow the host from here on, once its modules are loaded."""
+    """Start logging, as soon as ComfyUI's modules are loaded."""
     global _attached
     if _attached or "execution" not in sys.modules:
         return
@@ -47,7 +47,7 @@ def attach() -> None:
 
 
 def state() -> dict[str, Any]:
-    """Bytes and counts of all cards, of pinned memory and of dynamic VRAM, as JSON can hold them."""
+    """State of all cards, pinned memory and dynamic VRAM, serializable as JSON."""
     return {
         "cards": [
             {"now": memory.now, "peak": memory.peak, "to_card": memory.to_card, "to_host": memory.to_host}
@@ -71,7 +71,7 @@ def state() -> dict[str, Any]:
 
 
 def _record(event: str, **details: Any) -> None:  # noqa: ANN401
-    """Write one line; the next one's peaks count from here."""
+    """Log one record, and reset the peaks for the next one."""
     logging.info("%s%s", _MARK, json.dumps({"event": event, **details, **state()}))
     for memory in machine.cards:
         memory.reset_peak()
@@ -79,6 +79,6 @@ def _record(event: str, **details: Any) -> None:  # noqa: ANN401
 
 
 def read(log: str) -> list[dict[str, Any]]:
-    """The records in a log: `event` (begin, end, before load, after load), what it is about, and `state()` then."""
+    """Parse the records in a log: `event` (begin, end, before load, after load), its details, and `state()`."""
     start: Callable[[str], int] = lambda line: line.index(_MARK) + len(_MARK)  # noqa: E731
     return [json.loads(line[start(line) :]) for line in log.splitlines() if _MARK in line]

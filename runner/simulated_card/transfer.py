@@ -1,6 +1,6 @@
-"""What stands for `comfy_aimdo`'s buffers and file reading: how weights travel from files to cards.
+"""Replaces `comfy_aimdo`'s buffers and file reading, which transfer weights from files to cards.
 
-It needs a POSIX system.
+Requires a POSIX system.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _File(Protocol):
 
 
 class VRAMBuffer:
-    """A buffer on a card that grows by 16 MiB, for weights on their way; as `comfy_aimdo.vram_buffer.VRAMBuffer`."""
+    """A transfer buffer on a card that grows in steps of 16 MiB, like `comfy_aimdo.vram_buffer.VRAMBuffer`."""
 
     _bases = iter(range(1 << 62, 1 << 63, 1 << 44))
 
@@ -38,16 +38,16 @@ class VRAMBuffer:
             self._raw = (
                 torch.empty(reserved, dtype=torch.uint8, device="meta") if machine.hollow else _reserve(reserved)
             )
-        self._allocation = allocation_of(self._raw.untyped_storage(), None)  # what it takes is counted as it grows
+        self._allocation = allocation_of(self._raw.untyped_storage(), None)  # counted in `get`, as it grows
 
     def size(self) -> int:
         return self._allocated
 
     def get(self, size: int, offset: int = 0) -> tuple[VRAMBuffer, int, int]:
-        """A place in it.
+        """Location of `size` bytes at `offset`; grows the buffer if needed.
 
         Raises:
-            RuntimeError: the card has no room for it.
+            RuntimeError: the buffer does not fit on the card.
         """
         needed = int(size) + int(offset)
         if needed > self._allocated:
@@ -71,7 +71,7 @@ class VRAMBuffer:
 
 
 class HostBuffer:
-    """A buffer in RAM that grows in place; as `comfy_aimdo.host_buffer.HostBuffer`."""
+    """A buffer in RAM that grows in place, like `comfy_aimdo.host_buffer.HostBuffer`."""
 
     def __init__(self, size: int, prewarm: int = 0, max_grow_size: int = 0, mark_cold: bool = True) -> None:
         self.size = 0
@@ -82,7 +82,7 @@ class HostBuffer:
             self.extend(size)
 
     def tensor(self) -> torch.Tensor:
-        """Its bytes [size], uint8."""
+        """Contents as uint8 [size]."""
         with torch._C.DisableTorchFunction():
             return self._buffer()[: self.size]
 
@@ -96,10 +96,10 @@ class HostBuffer:
             return self._buffer().data_ptr()
 
     def extend(self, size: int, reallocate: bool = False, register: bool = True) -> int:
-        """Add bytes; the address where they begin.
+        """Grow the buffer by `size` bytes, and return the address of the new bytes.
 
         Raises:
-            RuntimeError: the reserved addresses end before.
+            RuntimeError: the reserved size is exceeded.
         """
         offset = self.size
         if offset + int(size) > self._reserved:
@@ -119,7 +119,7 @@ class HostBuffer:
         device_ptr: int = 0,
         device: int | None = None,
     ) -> None:
-        """Read a part of a file into the buffer, and from there to a card if `device_ptr` is given."""
+        """Read a part of a file into the buffer, and copy it to a card if `device_ptr` is set."""
         address = self.get_raw_address() + int(offset)
         _read(file, file_offset, size, address)
         if device_ptr:
@@ -139,10 +139,10 @@ class HostBuffer:
             raise RuntimeError("HostBuffer.unregister failed")
 
     def truncate(self, size: int, do_unregister: bool = True) -> None:
-        """Let go of what lies behind `size`.
+        """Shrink the buffer to `size` bytes.
 
         Raises:
-            RuntimeError: that is not within the buffer, or was to be unregistered and is not registered.
+            RuntimeError: the buffer is smaller, or the range to unregister is not registered.
         """
         if size >= self.size or (do_unregister and machine.pinned.unregister(self.get_raw_address() + int(size))):
             raise RuntimeError("HostBuffer.truncate failed")
@@ -154,7 +154,7 @@ class HostBuffer:
 
 
 class ModelMMAP:
-    """A file mapped for reading; writes go to private pages. As `comfy_aimdo.model_mmap.ModelMMAP`."""
+    """A memory-mapped file with copy-on-write, like `comfy_aimdo.model_mmap.ModelMMAP`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._handle = os.open(path, os.O_RDONLY)
@@ -183,7 +183,7 @@ def read_file_to_device(
     device: int,
     mark_cold: bool = True,
 ) -> None:
-    """Read a part of a file into a card's memory; `device_ptr` is 0 for a hollow card."""
+    """Read a part of a file into a card's memory. `device_ptr` is 0 for hollow cards."""
     if device_ptr:
         _read(file, file_offset, size, device_ptr)
     machine.cards[device].to_card += int(size)
@@ -201,7 +201,7 @@ def _read(file: int | _File, file_offset: int, size: int, address: int) -> None:
 
 
 def _reserve(size: int) -> torch.Tensor:
-    """Bytes [size] in RAM that take memory only where they are written."""
+    """A uint8 tensor [size] in RAM that uses physical memory only once it is written."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
 
