@@ -65,6 +65,7 @@ def test_given_frames_come_back_and_the_others_are_free(small) -> None:
     assert (made[free] - unheld[free]).abs().mean() > 1e-3  # and led by what is given
 
 
+@pytest.mark.nightly
 def test_a_continued_clip_has_no_jump_at_the_joint(small) -> None:
     """Steps around the joint, joined as the workflow does, against the largest step of the clip that is continued."""
     frames, overlap, fade, ratios = 128, 4, 3, []

@@ -33,7 +33,8 @@ def call_reference(unet: torch.nn.Module, sample, timestep, context, ids) -> tor
 
 
 @pytest.mark.parametrize(
-    ("clips", "frames", "height", "width"), [(1, 40, 16, 24), (2, 40, 16, 16), (1, 128, 16, 24), (2, 128, 16, 16)]
+    ("clips", "frames", "height", "width"),
+    [(1, 40, 16, 24), (2, 40, 16, 16), (1, 128, 16, 24), pytest.param(2, 128, 16, 16, marks=pytest.mark.nightly)],
 )
 def test_one_call_matches_the_reference(pair, oracle, clips, frames, height, width) -> None:
     sample, context, ids = inputs(clips, frames, height, width)
@@ -50,7 +51,7 @@ def test_one_call_matches_the_reference(pair, oracle, clips, frames, height, wid
 def test_half_precision_loses_no_more_than_the_reference_does(dtype: torch.dtype) -> None:
     half = svd.make_pair(dtype)
     exact = half.reference(torch.float32)
-    sample, context, ids = inputs(1, 8, 16, 16, dtype)
+    sample, context, ids = inputs(1, 4, 16, 16, dtype)
     truth = call_reference(exact, sample.float(), 0.7, context.float(), ids)
     theirs = svd.relative_error(call_reference(half.reference(dtype), sample, 0.7, context, ids), truth)
     ours = svd.relative_error(

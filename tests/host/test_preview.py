@@ -31,7 +31,7 @@ def messages(monkeypatch):
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
     monkeypatch.setattr(comfy.cli_args.args, "preview_method", latent_preview.LatentPreviewMethod.Auto)
-    for share in ("_MAKING", "_SENDING"):  # so that what is shown does not hang on this machine's speed
+    for share in ("_DECODING", "_SENDING"):  # so that what is shown does not hang on this machine's speed
         monkeypatch.setattr(preview, share, 0.5)
     return found
 
@@ -96,7 +96,7 @@ def test_a_cancellation_that_the_preview_hears_of_reaches_the_sampler(monkeypatc
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
     monkeypatch.setattr(comfy.cli_args.args, "preview_method", latent_preview.LatentPreviewMethod.Auto)
-    for share in ("_MAKING", "_SENDING"):
+    for share in ("_DECODING", "_SENDING"):
         monkeypatch.setattr(preview, share, 0.5)
     watched, clip = player(), brightening(12)
     time.sleep(1.0)

@@ -10,7 +10,7 @@ import svd
 from exvideo_core.comfyui.apply.patch import apply_extension
 from exvideo_core.video.latents import normalize_latents
 
-FRAMES, HEIGHT, WIDTH, STEPS = 24, 16, 16, 10
+FRAMES, HEIGHT, WIDTH, STEPS = 12, 16, 16, 10
 SCALE = 0.18215
 
 

@@ -220,6 +220,7 @@ def test_cancelled_then_both_models_give_what_they_gave(server) -> None:
     assert frames(server, server.run(quick())) == patched
 
 
+@pytest.mark.nightly
 def test_thirty_alternating_prompts_do_not_grow(server) -> None:
     process = psutil.Process(server.process.pid)
     results: dict[str, set] = {"patched": set(), "plain": set()}

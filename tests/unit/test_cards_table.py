@@ -22,7 +22,7 @@ def test_the_setting_that_fits_is_shown() -> None:
     ]
     found = cards._summary(rows)
     assert found["fits"] and found["sampling_gib"] == 6.0 and found["decode_gib"] == 3.0
-    table = cards._for_readers([found], 128)
+    table = cards._overview([found], 128)
     assert "| 512x512 | skips in RAM, decode in chunks of 8 frames |" in table
 
 
@@ -35,4 +35,4 @@ def test_a_stage_that_fits_with_nothing_is_a_no() -> None:
     ]
     found = cards._summary(rows)
     assert not found["fits"] and found["sampling"] == "does not fit"
-    assert "| 512x512 | no |" in cards._for_readers([found], 128)
+    assert "| 512x512 | no |" in cards._overview([found], 128)
