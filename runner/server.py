@@ -132,22 +132,6 @@ class Server:
         """Status and response of a POST request."""
         return self._request("POST", path, json=body or {})
 
-    def upload_image(self, path: Path) -> str:
-        """Upload an image.
-
-        Returns:
-            Its name on the server.
-
-        Raises:
-            ServerError: the upload failed.
-        """
-        form = aiohttp.FormData()
-        form.add_field("image", path.read_bytes(), filename=path.name)
-        status, answer = self._request("POST", "/upload/image", data=form)
-        if status != 200:
-            raise ServerError(f"Uploading {path.name} failed: {answer}")
-        return str(answer["name"])
-
     def run(
         self,
         prompt: Prompt,
