@@ -1,1 +1,1 @@
-"""Figures of this project, each made by one command: `python run.py bench NAME`."""
+"""Benchmarks of this project: `python run.py bench NAME`."""

@@ -1,4 +1,4 @@
-"""Reads the memory of a CUDA card."""
+"""Measures the memory of a CUDA card."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from types import TracebackType
 import torch
 
 GIB = 2**30
-_REST = 0.02
+_INTERVAL = 0.02  # seconds between samples of the driver's counter
 
 
 class CudaMeter:
-    """Peaks of PyTorch's allocator, and of the whole card as its driver tells it, in a thread of its own.
+    """Measures peaks of PyTorch's allocator and, in a thread, of the whole card as reported by its driver.
 
-    Dynamic VRAM holds weights outside of PyTorch's allocator: only the driver sees them. What the card held when the
-    meter was made is not counted.
+    Dynamic VRAM keeps weights outside of PyTorch's allocator, so that only the driver counts them. Memory that was in
+    use before the meter was created is not included.
     """
 
     def __init__(self) -> None:
@@ -38,13 +38,13 @@ class CudaMeter:
         self._thread.join()
 
     def begin(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self._peak = _in_use()
 
     def read(self) -> dict[str, float]:
-        """GiB at the peak since `begin`: of tensors, of what PyTorch has taken for them, and of the card."""
+        """Peaks since `begin` in GiB: tensors, PyTorch's reserved memory, and the whole card."""
         return {
             "peak_gib": (torch.cuda.max_memory_allocated() - self._allocated) / GIB,
             "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
@@ -52,10 +52,11 @@ class CudaMeter:
         }
 
     def copied(self) -> int:
-        return 0  # the driver does not tell
+        """Always 0, since the driver does not count copies."""
+        return 0
 
     def _watch(self) -> None:
-        while not self._ended.wait(_REST):
+        while not self._ended.wait(_INTERVAL):
             self._peak = max(self._peak, _in_use())
 
 

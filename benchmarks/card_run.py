@@ -1,4 +1,4 @@
-"""One clip on one hollow simulated card, for `benchmarks.cards`: prints its stages as JSON."""
+"""Runs the stages of one video on one hollow simulated card, for `benchmarks.cards`. Prints them as JSON."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ GIB = 2**30
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--total-gb", type=float, required=True, help="memory of the card")
-    parser.add_argument("--held-gb", type=float, required=True, help="what others hold of it")
+    parser.add_argument("--held-gb", type=float, required=True, help="memory used by other programs")
     parser.add_argument("--size", type=int, nargs=2, required=True, metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--frames", type=int, required=True)
     parser.add_argument("--loading", choices=["static", "dynamic"], required=True)
-    parser.add_argument("--files", type=Path, required=True, help="folder of the hollow checkpoint and extension")
+    parser.add_argument("--files", type=Path, required=True, help="folder with the hollow checkpoint and extension")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     dynamic = options.loading == "dynamic"
@@ -39,8 +39,8 @@ def _run(options: argparse.Namespace, dynamic: bool) -> list[dict[str, object]]:
     in_process.set_up(dynamic)
     from . import model_files, stages
 
-    clip = stages.Clip(*options.size, options.frames)
-    run = stages.Run(model_files.files(options.files, "hollow"), clip, SimulatedMeter(), first_chunk_only=True)
+    video = stages.Video(*options.size, options.frames)
+    run = stages.Run(model_files.files(options.files, "hollow"), video, SimulatedMeter(), first_segment_only=True)
     rows = []
     for stage, name, settings in run.stages():
         for setting in settings:
@@ -53,18 +53,21 @@ def _run(options: argparse.Namespace, dynamic: bool) -> list[dict[str, object]]:
 
 
 class SimulatedMeter:
-    """Reads a simulated card's memory."""
+    """Measures a simulated card's memory."""
 
     def __init__(self) -> None:
         self._memory = simulated_card.memory(0)
 
     def begin(self) -> None:
+        """Reset the peak."""
         self._memory.reset_peak()
 
     def read(self) -> dict[str, float]:
+        """Peak since `begin` in GiB."""
         return {"peak_gib": self._memory.peak / GIB}
 
     def copied(self) -> int:
+        """Bytes copied to the card so far."""
         return self._memory.to_card
 
 

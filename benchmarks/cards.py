@@ -1,15 +1,15 @@
-"""What fits on which card: every stage of a 128-frame clip at full size, on simulated cards or on a real one.
+"""Which videos fit on which card: every stage of a 128-frame video at full size, on simulated cards or a real one.
 
     python run.py bench cards [--cards 6 8 12 16 24] [--sizes 512x512 576x1024 1024x1024] [--loading static dynamic]
     python run.py bench cards --real [--minutes 4] [--vram 8] [--small]
 
-Simulated: cards whose tensors have sizes and no numbers, on which ComfyUI decides as on real ones what to load. It
-knows every tensor, but not the CUDA context, workspaces of libraries, or an allocator's fragments; 0.8 GB are held by
-a desktop. Each clip runs in a process of its own: conditioning, a step of the sampler with two conditions, one chunk of
-the decoder (a file is decoded by the same function). A stage that does not fit is tried again with settings that need
-less: skip tensors in RAM, smaller chunks, tiles.
-Real: seconds and memory on this machine's CUDA card, with random weights, and a comparison with the reference and a
-plain port. Results are written after each stage.
+Simulated cards have tensors with shapes but no data; ComfyUI decides what to load just as on real cards. All tensors
+are counted, but not the CUDA context, library workspaces and allocator fragmentation; a desktop uses 0.8 GB. Each video
+runs in a separate process: conditioning, one sampler step with two conditions, and one decoded segment (saving to a
+file decodes with the same function). Stages that do not fit are tried again with settings that need less memory: skip
+connections in RAM, smaller chunks or segments, tiles.
+With --real: seconds and memory on this machine's CUDA card with random weights, compared to the reference and a plain
+port. Results are written after each stage.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench cards", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--frames", type=int, default=128)
-    parser.add_argument("--cards", type=float, nargs="+", default=CARDS, metavar="GB", help="memory of each")
-    parser.add_argument("--held", type=float, default=0.8, metavar="GB", help="of it, what the desktop holds")
+    parser.add_argument("--cards", type=float, nargs="+", default=CARDS, metavar="GB", help="memory of each card")
+    parser.add_argument("--held", type=float, default=0.8, metavar="GB", help="memory used by the desktop")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="WIDTHxHEIGHT")
     parser.add_argument("--loading", nargs="+", choices=LOADING, default=LOADING)
-    parser.add_argument("--jobs", type=int, default=2, help="clips at once")
-    parser.add_argument("--real", action="store_true", help="on this machine's card (with --help: its options)")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
+    parser.add_argument("--real", action="store_true", help="use this machine's card (add --help for its options)")
     options = parser.parse_args()
     configurations = list(product(options.sizes, options.cards, options.loading))
     with tempfile.TemporaryDirectory(prefix="exvideo-cards-") as folder, ThreadPoolExecutor(options.jobs) as pool:
         model_files.make(Path(folder), "hollow")
-        found = list(pool.map(lambda which: _run(options, folder, *which), configurations))
+        found = list(pool.map(lambda configuration: _run(options, folder, *configuration), configurations))
     details = [row for rows in found for row in rows]
     rows = [_summary(rows) for rows in found]
-    report.write("cards", rows, details=details, after=_for_readers(rows, options.frames))
-    print(_for_readers(rows, options.frames))
+    report.write("cards", rows, details=details, after=_overview(rows, options.frames))
+    print(_overview(rows, options.frames))
     return 0
 
 
 def _run(options: argparse.Namespace, folder: str, size: str, card: float, loading: str) -> list[dict[str, Any]]:
-    """The stages of one clip on one card."""
+    """Run the stages of one video on one card."""
     began = time.monotonic()
     arguments = [
         "--total-gb", str(card), "--held-gb", str(options.held), "--size", *size.split("x"), "--frames",
@@ -79,10 +79,10 @@ def _run(options: argparse.Namespace, folder: str, size: str, card: float, loadi
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the table: what each stage ended with."""
+    """Row of the table: the last attempt of each stage."""
     last = {row["stage"]: row for row in rows}
     sample = last[SAMPLE]
-    on_card, whole = sample["weights"].get(UNET, (0.0, 0.0))
+    on_card, total = sample["weights"].get(UNET, (0.0, 0.0))
     return {
         **{key: rows[0][key] for key in ("size", "card_gb", "loading")},
         "fits": all(row["fits"] for row in last.values()),
@@ -90,13 +90,13 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "decoding": last[DECODE]["setting"] if last[DECODE]["fits"] else "does not fit",
         **{f"{stage}_gib": last[stage]["figures"]["peak_gib"] for stage in (CONDITION, SAMPLE, DECODE)},
         "unet_on_card_gib": on_card,
-        "unet_gib": whole,
+        "unet_gib": total,
         "copied_a_call_gib": sample["figures"].get("call_copied_gib", 0.0),
     }
 
 
-def _for_readers(rows: list[dict[str, Any]], frames: int) -> str:
-    """A table of sizes by cards, for each way of loading: what has to be set."""
+def _overview(rows: list[dict[str, Any]], frames: int) -> str:
+    """Tables of the required settings by size and card, one per loading mode."""
     text = ""
     cards = sorted({row["card_gb"] for row in rows})
     for loading in dict.fromkeys(row["loading"] for row in rows):

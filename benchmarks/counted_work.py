@@ -1,4 +1,4 @@
-"""Counts what operators do, without computing: multiply-adds, bytes read and written, calls."""
+"""Counts the work of operators without computing: floating-point operations, bytes read and written, calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 CONVOLUTION, LINEAR, ATTENTION = "convolution", "linear", "attention"
 _PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
-#: These give memory out or look at it otherwise, though their schemas do not say so.
+#: Operators that only allocate memory or create views, although their schemas do not say so.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "device", "sym_size",
          "is_pinned", "record_stream", "_reshape_alias", "lift_fresh"}  # fmt: skip
 #: In-place operators that do not read what they overwrite.
@@ -26,10 +26,11 @@ _OVERWRITE = {"copy_", "fill_", "zero_"}
 
 @dataclass
 class Total:
-    """Of one operator.
+    """Work of one operator.
 
     Attributes:
-        operations: floating-point operations of its products, two a multiply-add.
+        calls: number of calls.
+        operations: floating-point operations of its products, two per multiply-add.
         read, written: bytes of its inputs and outputs.
     """
 
@@ -44,12 +45,12 @@ class Total:
 
 
 class Work(TorchDispatchMode):
-    """Counts the operators that run within. Views and allocations are free.
+    """Counts the operators that run in this context. Views and allocations are free.
 
     Attributes:
-        by_operator: by name, without its overload.
+        by_operator: work by name of the operator, without its overload.
         by_kind: floating-point operations of convolutions, linear layers and attention.
-        layout: bytes read and written to have convolutions in channels last; an estimate, and in no other figure.
+        layout: estimated bytes to convert convolutions to channels last, not included elsewhere.
     """
 
     def __init__(self) -> None:
@@ -60,12 +61,14 @@ class Work(TorchDispatchMode):
 
     @property
     def total(self) -> Total:
+        """Sum over all operators."""
         parts = self.by_operator.values()
         return Total(
             *(sum(getattr(part, name) for part in parts) for name in ("calls", "operations", "read", "written"))
         )
 
     def add(self, name: str, read: int, written: int, operations: int = 0, kind: str | None = None) -> None:
+        """Add a call of an operator."""
         total = self.by_operator.setdefault(name, Total())
         total.calls += 1
         total.operations += operations
@@ -84,12 +87,12 @@ class Work(TorchDispatchMode):
         written_to = [value for value in schema.returns if value.alias_info is not None]
         is_view = bool(written_to) and not schema.is_mutable
         if not is_view and name not in _FREE:
-            given = [*args, *kwargs.values()]
+            inputs = [*args, *kwargs.values()]
             if name in _OVERWRITE:
-                given = given[1:]
+                inputs = inputs[1:]
             elif "out" in kwargs:
-                given = [*args, *(value for key, value in kwargs.items() if key != "out")]
-            self.add(name, _bytes(given), _bytes(result), *_products(function, args, result))
+                inputs = [*args, *(value for key, value in kwargs.items() if key != "out")]
+            self.add(name, _bytes(inputs), _bytes(result), *_products(function, args, result))
         if function is aten.convolution.default:
             self._around_convolution(*args[:3], result)
         return result
@@ -97,7 +100,7 @@ class Work(TorchDispatchMode):
     def _around_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        """What PyTorch and cuDNN do within a convolution: a pass for the bias, and changes of memory layout."""
+        """Count what PyTorch and cuDNN do inside a convolution: adding the bias, and changing the memory layout."""
         if bias is not None:
             self.add("convolution's bias", _bytes(out), _bytes(out))
         channels_first = [t for t in (x, weight) if suggest_memory_format(t) == torch.contiguous_format]
@@ -117,7 +120,7 @@ def _products(function: Any, args: tuple[Any, ...], result: Any) -> tuple[int, s
 
 
 def _bytes(values: Any) -> int:  # noqa: ANN401 - any structure of tensors
-    """Of the memory behind tensors; what is expanded lies there once."""
+    """Size of the memory of tensors, counting expanded dimensions once."""
     total = 0
     for value in tree_leaves(values):
         if isinstance(value, torch.Tensor):
@@ -127,10 +130,10 @@ def _bytes(values: Any) -> int:  # noqa: ANN401 - any structure of tensors
 
 
 class CardKernels(TorchFunctionMode):
-    """Makes fake tensors take the way of a card where their own differs from it, counted by `work`.
+    """Makes fake tensors run the operators of a card where these differ, counted by `work`.
 
-    Attention is one operator, whose result lies in memory as flash attention and cuDNN leave it, [N, L, H, D]. Group
-    norm has no CUDA kernel for channels last: it copies its input, and its result is channels first.
+    Attention is a single operator, with the memory layout of flash attention and cuDNN, [N, L, H, D]. Group norm has no
+    CUDA kernel for channels last, so it copies its input and returns channels first.
     """
 
     def __init__(self, work: Work) -> None:

@@ -1,12 +1,12 @@
-"""Loads model files that are spoiled in every way, through the nodes' own loaders, and sees each one refused clearly.
+"""Loads corrupted model files with the nodes' loaders, and checks that each is rejected with a clear error.
 
     python run.py bench fuzz [--files 10000] [--seed 0]
 
-Four sound files are the start: an extension in fp16 and in fp32, a small checkpoint, and one of SVD's own sizes, whose
-gigabytes are a hole in the file. Each file to try is one of them after one mutation; half are extensions. A clear
-refusal is a `ModelFileError` that names the file. What else may come out: the file is loaded (a failure where the
-mutation leaves no sound file), another exception, a crash (the process dies), a hang (no answer for a minute), or
-something is written beside it.
+There are four valid files: an extension in fp16 and in fp32, a small checkpoint, and one in SVD's full size, which is
+mostly a hole in a sparse file. Each test file is one of them after one mutation; half of them are extensions. A clear
+error is a `ModelFileError` that names the file. Other outcomes: the file is loaded (a failure if the mutation
+invalidates it), another exception, a crash (the process dies), a hang (no response for a minute), or additional files
+are written.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> int:
             for name in sorted(counts)]  # fmt: skip
     total = {"mutation": "all", **{key: sum(row[key] for row in rows) for key in list(rows[0])[1:]}}
     report.write("fuzz", [*rows, total])
-    print(report.markdown([total]) + f"{time.monotonic() - began:.0f} s, the slowest file {slowest:.1f} s")
+    print(report.markdown([total]) + f"{time.monotonic() - began:.0f} s, slowest file {slowest:.1f} s")
     return int(any(total[outcome] for outcome in FAILURES))
 
 
@@ -72,27 +72,27 @@ def _case(seed: int, number: int) -> dict[str, Any]:
     base = rng.choice(
         [*EXTENSIONS, *EXTENSIONS, "small.safetensors", "small.safetensors", "small.safetensors", BASES[3]]
     )
-    own = mutations.SPOILING_EXTENSIONS if base in EXTENSIONS else mutations.SPOILING_CHECKPOINTS
-    choices: list[Mutation] = [*mutations.SPOILING, *own]
-    if base != "svd.safetensors":  # which is a hole: its numbers cannot be disturbed, and 9 GB are not loaded here
-        choices += mutations.DISTURBING
+    specific = mutations.CORRUPTING_EXTENSIONS if base in EXTENSIONS else mutations.CORRUPTING_CHECKPOINTS
+    choices: list[Mutation] = [*mutations.CORRUPTING, *specific]
+    if base != "svd.safetensors":  # has no data that could be changed, and 9 GB would be too slow to load
+        choices += mutations.ALTERING
     mutation = rng.choice(choices)
-    spoiled = mutation not in mutations.DISTURBING
-    return {"base": base, "mutation": mutation.__name__, "seed": rng.getrandbits(32), "spoiled": spoiled}
+    corrupted = mutation not in mutations.ALTERING
+    return {"base": base, "mutation": mutation.__name__, "seed": rng.getrandbits(32), "corrupted": corrupted}
 
 
 class _Worker:
-    """A process that loads files; a new one takes the place of one that died or hung."""
+    """A process that loads files. It is replaced if it crashes or hangs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
 
     def try_(self, case: dict[str, Any]) -> tuple[str, str, float]:
-        """Outcome, message and seconds."""
+        """Load one file. Returns outcome, message and seconds."""
         if self._process is None:
             command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", str(self._folder)]
-            # What a loader writes where it should not, it writes here.
+            # Files that a loader should not write end up here.
             environment = {**os.environ, "TMPDIR": str(self._folder), "OMP_NUM_THREADS": "1"}
             log = (self._folder / "worker.log").open("a", encoding="utf-8")
             self._process = subprocess.Popen(
@@ -130,9 +130,9 @@ class _Worker:
 
 
 def _work(folder: Path) -> int:
-    """The worker: a case a line comes in, an outcome a line goes out."""
+    """The worker: reads one case per line and writes one outcome per line."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # the host prints
+    os.dup2(2, 1)  # ComfyUI prints to stdout
     sys.path[:0] = [os.environ["EXVIDEO_HOST"], str(Path(__file__).resolve().parents[1] / "tests")]
     import comfy.options
 
@@ -147,11 +147,11 @@ def _work(folder: Path) -> int:
     from exvideo_core.method.extension import Extension
 
     torch.set_num_threads(1)
-    sound = folder / "sound"
-    if not sound.exists():
-        sound.mkdir()
-        _make_sound_files(sound)
-    bases = {name: Parts.read(sound / name) for name in BASES[:3]}
+    valid = folder / "valid"
+    if not valid.exists():
+        valid.mkdir()
+        _make_valid_files(valid)
+    bases = {name: Parts.read(valid / name) for name in BASES[:3]}
     bases[BASES[3]] = _svd_sized()
     tried = folder / "tried"
     tried.mkdir(exist_ok=True)
@@ -163,7 +163,7 @@ def _work(folder: Path) -> int:
         parts = Parts(json.loads(json.dumps(base.header)), bytearray(base.data), base.hollow)
         parts.write(path, getattr(mutations, case["mutation"])(parts, random.Random(case["seed"])))
         before = _contents(folder)
-        outcome, message = "loaded_though_spoiled" if case["spoiled"] else "loaded", ""
+        outcome, message = "loaded_though_spoiled" if case["corrupted"] else "loaded", ""
         try:
             if case["base"] in EXTENSIONS:
                 Extension.load(path)
@@ -172,7 +172,7 @@ def _work(folder: Path) -> int:
         except ModelFileError as error:
             message = str(error)
             outcome = "refused" if path.name in message and len(message) < 1000 else "other_exception"
-        except Exception as error:  # the outcome that is looked for
+        except Exception as error:
             outcome, message = "other_exception", f"{type(error).__name__}: {error}"
         if _contents(folder) != before:
             outcome, message = "left_something", str(_contents(folder))
@@ -182,12 +182,12 @@ def _work(folder: Path) -> int:
 
 
 def _contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Files but the log, by size and time of the last change."""
+    """Size and modification time of all files except the log."""
     found = {str(path): path.stat() for path in folder.rglob("*") if path.is_file() and path.name != "worker.log"}
     return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
 
 
-def _make_sound_files(folder: Path) -> None:
+def _make_valid_files(folder: Path) -> None:
     import shutil
 
     import torch
@@ -205,7 +205,7 @@ def _make_sound_files(folder: Path) -> None:
 
 
 def _svd_sized() -> Parts:
-    """The header of a checkpoint of SVD's own sizes in fp16, and its data as a hole."""
+    """A checkpoint in SVD's full size in fp16, whose data is a hole."""
     import random_model
 
     header, size = random_model.svd_header()

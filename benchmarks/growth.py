@@ -1,6 +1,6 @@
-"""Time and memory of one UNet call as clips grow, each length in a process of its own.
+"""Time and memory of one UNet call by video length, each in a separate process.
 
-Memory is that of tensors alive on a CPU, which the system's habits do not blur, and PyTorch's own count on a GPU.
+Memory is the size of live tensors on a CPU, and PyTorch's own peak on a GPU.
 
 python run.py bench growth [--size 8] [--width narrow] [--frames 16 32 64 128 256 512]
 """
@@ -25,8 +25,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench growth", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
-    parser.add_argument("--size", type=int, default=8, help="of the latents")
-    parser.add_argument("--width", default="narrow", help="of the UNet's levels: narrow or full")
+    parser.add_argument("--size", type=int, default=8, help="height and width of the latents")
+    parser.add_argument("--width", default="narrow", help="widths of the UNet: narrow or full")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -50,10 +50,10 @@ def _measure(frames: int, size: int, width: str, repeats: int) -> dict[str, floa
 
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
     patched = unets.ours(unets.random_weights(width, frames, dtype))
-    given = unets.Inputs.random(frames, size, dtype)
+    inputs = unets.Inputs.random(frames, size, dtype)
     with LiveBytes() as counter:
-        counter.ignore([list(patched.model.parameters()), vars(given)])
-        unets.call_ours(patched, given)
+        counter.ignore([list(patched.model.parameters()), vars(inputs)])
+        unets.call_ours(patched, inputs)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -61,7 +61,7 @@ def _measure(frames: int, size: int, width: str, repeats: int) -> dict[str, floa
     for _ in range(repeats):
         unets.synchronize()
         began = time.perf_counter()
-        unets.call_ours(patched, given)
+        unets.call_ours(patched, inputs)
         unets.synchronize()
         times.append(time.perf_counter() - began)
     peak = counter.peak

@@ -1,7 +1,7 @@
-"""A ComfyUI in this process: set up as its main.py does, without a server.
+"""Sets up ComfyUI in this process as its main.py does, without a server.
 
-Import it before torch, as ComfyUI's memory libraries have to be. It puts the ComfyUI that EXVIDEO_HOST names, and the
-tests' helpers, on the path.
+Import this module before torch, as ComfyUI's memory libraries require. It adds the ComfyUI in EXVIDEO_HOST and the
+tests' helpers to the path.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ sys.path[:0] = [str(HOST), str(PACK / "tests")]
 
 
 def set_up(dynamic: bool = False, on_cpu: bool = False) -> None:
-    """Start the host's model management.
+    """Start ComfyUI's model management.
 
     Args:
-        dynamic: dynamic VRAM, the default on NVIDIA; else whole layers are loaded by an estimate.
-        on_cpu: leave cards alone.
+        dynamic: use dynamic VRAM, the default on NVIDIA cards, instead of loading whole layers by estimate.
+        on_cpu: use only the CPU.
 
     Raises:
-        RuntimeError: dynamic VRAM cannot start here.
+        RuntimeError: dynamic VRAM cannot start.
     """
     import comfy.options
 
@@ -47,16 +47,16 @@ def set_up(dynamic: bool = False, on_cpu: bool = False) -> None:
 
         devices = comfy.model_management.get_all_torch_devices()
         if not comfy_aimdo.control.init_devices((device.index, 0) for device in devices):
-            raise RuntimeError("comfy-aimdo finds no card that it can manage")
+            raise RuntimeError("comfy-aimdo has found no supported card.")
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
 
 
 def end_of_node(out_of_memory: bool = False) -> None:
-    """What the host does between a graph's nodes.
+    """Do what ComfyUI does after each node.
 
     Args:
-        out_of_memory: the node has failed for want of it.
+        out_of_memory: whether the node ran out of memory.
     """
     import comfy.memory_management
     import comfy.model_management
@@ -75,7 +75,7 @@ def end_of_node(out_of_memory: bool = False) -> None:
 
 
 def weights_loaded() -> dict[str, tuple[int, int]]:
-    """Bytes on the card and in all of each loaded model, by its class."""
+    """Bytes on the card and total bytes of each loaded model, by class name."""
     import comfy.model_management
 
     patchers = [loaded.model for loaded in comfy.model_management.current_loaded_models]

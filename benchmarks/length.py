@@ -1,9 +1,10 @@
-"""Past the trained length: windows against stretched and repeated positions, on the small model in the host.
+"""Beyond the trained length: windows compared to stretched and repeated positions, on the small model in ComfyUI.
 
     python run.py bench length [--clips 6] [--frames 192 256]
 
-The small world has a limit that bears on the figures: a clip's first frame alone tells which way its shapes set out,
-so nothing but the first window can know the true path. They tell how well clips hold together, not where shapes are.
+In the small model's world, only a video's first frame determines in which direction its shapes start, so that only the
+first window can follow the true path. The results show how consistent videos are, not whether shapes are in the right
+place.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from .method_measures import interval
 
 STEPS = 8
 WINDOW, OVERLAP = 128, 32  # the defaults of ExVideo Windows
-FADE = 3  # of the held frames of a continued clip
+FADE = 3  # faded keyframes of a continued video
 _NEAR_WALL = 0.01
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way to make a clip: of `Windows` if given, else by a mode of positions."""
+    """A method: windows with the given settings, or else a position mode."""
 
     name: str
     positions: str = "trained"
@@ -37,22 +38,23 @@ class Row:
 
 
 def rows() -> list[Row]:
+    """All methods to compare."""
     found = [Row("stretch", "stretch"), Row("repeat", "repeat")]
     kinds = [("sequential", anchor, False) for anchor in ("window start", "first picture", "none")]
     kinds += [(fuse, "window start", False) for fuse in ("pyramid", "overlap-linear", "flat")]
     kinds += [("pyramid", anchor, False) for anchor in ("first picture", "none")]
     kinds += [("sequential", "window start", True), ("pyramid", "first picture", True)]
     for fuse, anchor, noise in kinds:
-        name = f"{fuse}, {anchor}{', recurring noise' if noise else ''}"
+        name = f"{fuse}, {anchor}{', freenoise' if noise else ''}"
         found.append(Row(name, windows={"fuse": fuse, "anchor": anchor, "freenoise": noise}))
     return found
 
 
 class Maker:
-    """The small model in the host, and clips of it."""
+    """Generates videos with the small model in ComfyUI."""
 
     def __init__(self) -> None:
-        import_module("benchmarks.unets")  # puts the host on the path
+        import_module("benchmarks.unets")  # adds ComfyUI to the path
 
         from exvideo_core.comfyui.checkpoint.load import load_checkpoint
         from exvideo_core.method.extension import Extension
@@ -60,8 +62,18 @@ class Maker:
         self.model, self.clip_vision, self.vae = load_checkpoint(str(recipe.CHECKPOINT))
         self.extension = Extension.load(recipe.EXTENSION)
 
-    def clip(self, row: Row, index: int, frames: int, held: np.ndarray | None = None) -> np.ndarray:
-        """0..1 [frames, H, W, 3]; `held` are first frames that are given."""
+    def video(self, row: Row, index: int, frames: int, keyframes: np.ndarray | None = None) -> np.ndarray:
+        """Generate a video.
+
+        Args:
+            row: the method.
+            index: index of the test clip.
+            frames: number of frames T.
+            keyframes: first frames to continue [N, H, W, 3] in 0..1.
+
+        Returns:
+            [T, H, W, 3] in 0..1.
+        """
         import comfy.sample
 
         from exvideo_core.comfyui.apply.patch import apply_extension
@@ -71,7 +83,7 @@ class Maker:
         from exvideo_core.comfyui.vae.keyframes import set_keyframes
 
         clip = world.sample(world.HELD_OUT + index)
-        first = torch.from_numpy(world.render(clip, 1) if held is None else held[:1])
+        first = torch.from_numpy(world.render(clip, 1) if keyframes is None else keyframes[:1])
         positive, negative = encode_conditioning(
             self.clip_vision, self.vae, first, width=world.SIZE, height=world.SIZE, fps=30,
             motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=index,
@@ -80,26 +92,29 @@ class Maker:
         if row.windows is not None:
             model = with_windows(model, WindowSettings(WINDOW, OVERLAP, **row.windows))
         latent = {"samples": torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)}
-        if held is not None:
-            latent = set_keyframes(self.vae, latent, torch.from_numpy(held), list(range(len(held))), FADE)
+        if keyframes is not None:
+            indices = list(range(len(keyframes)))
+            latent = set_keyframes(self.vae, latent, torch.from_numpy(keyframes), indices, FADE)
         noise = comfy.sample.prepare_noise(latent["samples"], index)
-        made = comfy.sample.sample(
+        latents = comfy.sample.sample(
             model, noise, STEPS, 1.0, "euler", "karras", positive, negative, latent["samples"],
             noise_mask=latent.get("noise_mask"), seed=index, disable_pbar=True,
         )  # fmt: skip
-        return decode(self.vae, made, 24, 12, "smooth").numpy()
+        return decode(self.vae, latents, 24, 12, "smooth").numpy()
 
 
 def steps(video: np.ndarray) -> np.ndarray:
-    """Mean change of a pixel from frame to frame [T - 1]."""
+    """Mean absolute change of pixels from frame to frame [T - 1]."""
     return np.abs(np.diff(video, axis=0)).mean((1, 2, 3))
 
 
 def figures(clip: world.Clip, video: np.ndarray, borders: list[int]) -> dict[str, float]:
-    """How well a clip holds together.
+    """Measure the consistency of a video.
 
     Args:
-        borders: frames at which a window begins or ends inside of the clip.
+        clip: the true clip.
+        video: [T, H, W, 3] in 0..1.
+        borders: frames at which windows begin or end, except for the video's ends.
     """
     sighting, change = measure.sight(clip, video), steps(video)
     near = np.zeros(len(change), dtype=bool)
@@ -124,7 +139,7 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--clips", type=int, default=6)
     parser.add_argument("--frames", type=int, nargs="+", default=[192, 256])
-    parser.add_argument("--joints-only", action="store_true", help="only loops and continued clips")
+    parser.add_argument("--joints-only", action="store_true", help="measure only loops and continued videos")
     options = parser.parse_args()
     maker, table = Maker(), []
     if options.joints_only:
@@ -135,7 +150,7 @@ def main() -> int:
             found = []
             for index in range(options.clips):
                 clip = world.sample(world.HELD_OUT + index)
-                found.append(figures(clip, maker.clip(row, index, frames), borders))
+                found.append(figures(clip, maker.video(row, index, frames), borders))
             table.append({"frames": frames, "way": row.name, "clips": options.clips, **_means(found)})
             print(report.markdown(table[-1:]).splitlines()[-1], flush=True)
     if table:
@@ -160,43 +175,43 @@ def _means(found: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def _loops(maker: Maker, clips: int) -> dict[str, object]:
-    """From the last frame of a closed loop to its first, against the loop's largest step."""
+    """Change from the last to the first frame of a closed loop, relative to its largest step."""
     row = Row("loop", windows={"closed_loop": True})
     open_row = replace(row, windows={})
-    closed, left_open = [], []
+    closed, control = [], []
     for index in range(clips):
-        for made, found in ((maker.clip(row, index, 192), closed), (maker.clip(open_row, index, 192), left_open)):
-            found.append(float(np.abs(made[0] - made[-1]).mean() / steps(made).max()))
-    return _joint("closed loop of 192 frames, last to first; left open: without closed_loop", closed, left_open)
+        for video, found in ((maker.video(row, index, 192), closed), (maker.video(open_row, index, 192), control)):
+            found.append(float(np.abs(video[0] - video[-1]).mean() / steps(video).max()))
+    return _joint("closed loop of 192 frames, last to first frame; control: without closed_loop", closed, control)
 
 
 def _continuations(maker: Maker, clips: int, frames: int = 128, overlap: int = 4) -> dict[str, object]:
-    """The largest step around the joint of a continued clip, against the largest of the clip that it goes on from.
+    """Largest step around the joint of a continued video, relative to the largest step of the video before it.
 
-    Only of clips that set out again as clips of this world do: disks to the right, squares to the left.
+    Uses only clips whose shapes move at the joint as at the start of a clip: disks to the right, squares to the left.
     """
-    joined, cut, index = [], [], 0
+    joined, control, index = [], [], 0
     while len(joined) < clips:
         clip = world.sample(world.HELD_OUT + index)
         if clip.sets_out_at(frames - overlap, overlap + 8):
-            first = maker.clip(Row("first"), index, frames)
-            second = maker.clip(Row("second"), index, frames, held=first[-overlap:])
+            first = maker.video(Row("first"), index, frames)
+            second = maker.video(Row("second"), index, frames, keyframes=first[-overlap:])
             own = steps(first).max()
             both = np.concatenate([first[:-FADE], second[overlap - FADE :]])
             joined.append(float(steps(both)[frames - overlap - 1 : frames + 1].max() / own))
-            free = maker.clip(Row("free"), index, frames, held=first[-1:])
-            cut.append(float(steps(np.concatenate([first, free[1:]]))[frames - 2 : frames + 1].max() / own))
+            free = maker.video(Row("free"), index, frames, keyframes=first[-1:])
+            control.append(float(steps(np.concatenate([first, free[1:]]))[frames - 2 : frames + 1].max() / own))
         index += 1
-    return _joint("clip continued from 4 frames, 3 of them fading; left open: from its last one", joined, cut)
+    return _joint("continued from 4 frames, 3 of them faded; control: from the last frame only", joined, control)
 
 
-def _joint(what: str, closed: list[float], left_open: list[float]) -> dict[str, object]:
+def _joint(name: str, joined: list[float], control: list[float]) -> dict[str, object]:
     return {
-        "joint": what,
-        "clips": len(closed),
-        "of_largest_own_step": interval(np.array(closed)),
-        "left_open": interval(np.array(left_open)),
-        "each": closed,
+        "joint": name,
+        "clips": len(joined),
+        "of_largest_own_step": interval(np.array(joined)),
+        "left_open": interval(np.array(control)),
+        "each": joined,
     }
 
 

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive; in a `FakeTensorMode`, of calls too large for the machine."""
+"""Counts the bytes of live tensors. In a `FakeTensorMode`, this works for calls too large for the machine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operators make.
+    """Tracks the storages that operators allocate. Tensors that existed before are not counted.
 
     Attributes:
-        now, peak: bytes alive now, and at most so far. What existed before is not counted.
+        now: live bytes.
+        peak: maximum of live bytes so far.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is made within is not counted: it lies in another memory."""
+        """Do not count tensors that are allocated in this context, because they are in another memory."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -35,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
             self._paused = before
 
     def ignore(self, tensors: Any) -> None:  # noqa: ANN401 - any structure of tensors
-        """Never count these: weights and inputs."""
+        """Never count these tensors, such as weights and inputs."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 self._remember(tensor.untyped_storage(), 0)
@@ -56,10 +57,10 @@ class LiveBytes(TorchDispatchMode):
         if known is not None and known() is not None:
             return
 
-        def gone(_: object) -> None:
+        def on_free(_: object) -> None:
             self.now -= size
             self._known.pop(key, None)
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = weakref.ref(storage, on_free)
         self.now += size
         self.peak = max(self.peak, self.now)

@@ -1,10 +1,10 @@
-"""Activation memory of one UNet call: real on a small one, counted without computing at full size.
+"""Activation memory of one UNet call: measured on a small UNet, counted without computing at full size.
 
     python run.py bench memory [--frames 128] [--size 16] [--width narrow] [--chunk-megabytes 128] [--only real|counted]
 
-Real: peak resident memory over that with the weights loaded, ours and the reference's each in a process of its own.
-Counted: bytes of tensors alive at the peak of a full-size call in fp16, with one condition of 128 frames, followed with
-PyTorch's fake tensors (CPU kernels), for ours, the reference and a plain port into the host. Weights are not in it.
+Real: peak resident memory of a process, minus that with the weights loaded, for this pack and the reference.
+Counted: peak bytes of live tensors during a full-size call in fp16 with one condition of 128 frames, using PyTorch's
+fake tensors (CPU kernels), for this pack, the reference and a plain port to ComfyUI. Weights are not included.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench memory", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--frames", type=int, default=128)
-    parser.add_argument("--size", type=int, default=16, help="of the latents of the real call")
-    parser.add_argument("--width", default="narrow", help="of the UNet's levels in the real call: narrow or full")
-    parser.add_argument("--chunk-megabytes", type=int, default=128, help="chunks of the counted call")
+    parser.add_argument("--size", type=int, default=16, help="height and width of the latents of the real call")
+    parser.add_argument("--width", default="narrow", help="widths of the UNet in the real call: narrow or full")
+    parser.add_argument("--chunk-megabytes", type=int, default=128, help="chunk size of the counted call")
     parser.add_argument("--only", choices=["real", "counted"])
     parser.add_argument("--child", choices=MAKERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -54,7 +54,7 @@ def _real(options: argparse.Namespace) -> list[dict[str, Any]]:
     for maker in MAKERS:
         arguments = ["--frames", str(options.frames), "--size", str(options.size), "--width", options.width]
         command = [sys.executable, "-m", "benchmarks.memory", "--child", maker, *arguments]
-        # glibc keeps freed memory in arenas of every thread; one arena, trimmed at once, shows what is in use.
+        # By default, glibc keeps freed memory in one arena per thread. A single, trimmed arena shows the actual use.
         environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found[maker] = json.loads(done.stdout.splitlines()[-1])
@@ -74,13 +74,13 @@ def _measure(maker: str, width: str, frames: int, size: int) -> dict[str, float]
 
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
     weights = unets.random_weights(width, frames, dtype)
-    given = unets.Inputs.random(frames, size, dtype)
+    inputs = unets.Inputs.random(frames, size, dtype)
     if maker == "ours":
         patched = unets.ours(weights)
-        call = lambda: unets.call_ours(patched, given)  # noqa: E731
+        call = lambda: unets.call_ours(patched, inputs)  # noqa: E731
     else:
         unet = unets.theirs(weights)
-        call = lambda: unets.call_theirs(unet, given)  # noqa: E731
+        call = lambda: unets.call_theirs(unet, inputs)  # noqa: E731
     del weights
     gc.collect()
     if torch.cuda.is_available():
@@ -88,15 +88,15 @@ def _measure(maker: str, width: str, frames: int, size: int) -> dict[str, float]
         before = torch.cuda.memory_allocated()
         call()
         return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / MIB}
-    with CastWeights() as resident:
+    with ResidentMemory() as resident:
         call()
     return {"peak_mib": (resident.peak - resident.before) / MIB}
 
 
-class CastWeights:
-    """Follows the process's resident memory in a thread."""
+class ResidentMemory:
+    """Samples the resident memory of this process in a thread."""
 
-    def __enter__(self) -> CastWeights:
+    def __enter__(self) -> ResidentMemory:
         self.before = self.peak = self._now()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -124,7 +124,7 @@ def _counted(frames: int, chunk_megabytes: int) -> list[dict[str, Any]]:
         for maker, offload in (("reference", False), ("plain port", False), ("ours", False), ("ours", True)):
             began = time.monotonic()
             peak = count(maker, frames, pixels // 8, chunk_megabytes, offload)
-            name = f"{maker}, skips offloaded" if offload else maker
+            name = f"{maker}, skip connections in RAM" if offload else maker
             rows.append({"picture": f"{pixels}x{pixels}", "frames": frames, "who": name, "peak_gib": peak / GIB})
             print(f"{pixels} {name}: {peak / GIB:.2f} GiB ({time.monotonic() - began:.0f} s)", flush=True)
     return rows
@@ -139,11 +139,15 @@ def count(
     change: Callable[[Any], Any] = lambda model: model,
     conditions: int = 1,
 ) -> int:
-    """Peak bytes alive in one fp16 call of the full-size UNet.
+    """Peak bytes of live tensors in one fp16 call of the full-size UNet.
 
     Args:
-        change: what other nodes do to the model, its transformer options only.
-        conditions: in the call's batch, of ours.
+        maker: "ours", "reference" or "plain port".
+        frames: number of frames.
+        size: height and width of the latents.
+        chunk_megabytes, offload: settings of this pack.
+        change: applies patches of other nodes to the model; only transformer options are used.
+        conditions: number of conditions in the batch, for this pack.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -154,23 +158,23 @@ def count(
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         weights = unets.Weights("full", *_fake_weights(unets, frames))
-        given = unets.Inputs.random(frames, size, torch.float16)
+        inputs = unets.Inputs.random(frames, size, torch.float16)
         embedded = torch.empty(1, 768, dtype=torch.float16)
         if maker == "reference":
             model: Any = unets.theirs(weights)
             parameters: Any = list(model.parameters())
-            call = lambda: unets.call_theirs(model, given)  # noqa: E731
+            call = lambda: unets.call_theirs(model, inputs)  # noqa: E731
         else:
             model = unets.ours(weights, maker == "plain port", chunk_megabytes, offload, fake=True)
             parameters = list(model.model.parameters())
             changed = change(model)
-            call = lambda: unets.call_ours(changed, given, embedded, conditions)  # noqa: E731
+            call = lambda: unets.call_ours(changed, inputs, embedded, conditions)  # noqa: E731
         counter = LiveBytes()
-        keep = skip_connections.HostBuffers.take
+        take = skip_connections.HostBuffers.take
 
-        def elsewhere(buffers: skip_connections.HostBuffers, like: torch.Tensor) -> torch.Tensor:
+        def take_uncounted(buffers: skip_connections.HostBuffers, like: torch.Tensor) -> torch.Tensor:
             with counter.paused():
-                return keep(buffers, like)
+                return take(buffers, like)
 
         def fetch(self: skip_connections.SkipConnection, start: int, end: int) -> tuple[torch.Tensor, None]:
             part = self.held[start:end]
@@ -178,10 +182,10 @@ def count(
 
         with (
             counter,
-            mock.patch.object(skip_connections.HostBuffers, "take", elsewhere),
+            mock.patch.object(skip_connections.HostBuffers, "take", take_uncounted),
             mock.patch.object(skip_connections.SkipConnection, "fetch", fetch),
         ):
-            counter.ignore([parameters, weights.base, weights.extension, vars(given), embedded])
+            counter.ignore([parameters, weights.base, weights.extension, vars(inputs), embedded])
             call()
     return counter.peak
 

@@ -1,9 +1,9 @@
-"""Does post-tuning work? Clips of 128 frames by the base, the extension and its ablations, measured against the truth.
+"""Does post-tuning work? Compares 128-frame videos of base, extension and ablations to the true videos.
 
     python run.py bench method [--clips 64] [--ablation-clips 32] [--jobs 2]
 
-Uses the shipped small model. The ablations' extensions are not shipped: where they are missing they are trained
-first, as `small_model/README.md` says. Clips are kept in the cache folder, so a run that was stopped goes on.
+Uses the small model. The ablations' extensions are not included in this repository, and trained first if needed: see
+`small_model/README.md`. Generated videos are kept in the cache folder, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ from . import method_plots as plots
 from .method_rows import FRAMES, Maker, Row, ablation_rows, main_rows, make_all
 
 RESULTS = PACK / "benchmarks" / "results"
-TRUE_CLIPS = range(2 * world.HELD_OUT, 2 * world.HELD_OUT + 512)  # that made clips are compared with
-FITTED_ON = range(3 * world.HELD_OUT, 3 * world.HELD_OUT + 512)  # of the features
+TRUE_CLIPS = range(2 * world.HELD_OUT, 2 * world.HELD_OUT + 512)  # compared to generated videos
+FITTED_ON = range(3 * world.HELD_OUT, 3 * world.HELD_OUT + 512)  # used to fit the features
 _log = logging.getLogger("bench")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench method", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--clips", type=int, default=64, help="of each main row")
-    parser.add_argument("--ablation-clips", type=int, default=32, help="of each ablation (0: none)")
-    parser.add_argument("--curve-clips", type=int, default=6, help="of the one-step denoising curve")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--clips", type=int, default=64, help="videos per main row")
+    parser.add_argument("--ablation-clips", type=int, default=32, help="videos per ablation (0: skip ablations)")
+    parser.add_argument("--curve-clips", type=int, default=6, help="videos of the one-step denoising curve")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     parser.add_argument("--base", type=Path, default=recipe.CHECKPOINT)
     parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
-    parser.add_argument("--work", type=Path, default=cache_folder() / "small-model", help="where ablations are trained")
+    parser.add_argument(
+        "--work", type=Path, default=cache_folder() / "small-model", help="folder for training the ablations"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
@@ -66,7 +68,7 @@ def main() -> int:
 
 
 def _ablations(options: argparse.Namespace, kept: Path) -> None:
-    """A table of their own: they are trained first, for a fraction of the shipped extension's steps."""
+    """Train and measure the ablations, which have a fraction of the main extension's training steps."""
     folder = recipe.ablations(options.work, options.base, options.jobs)
     wanted = [(row, options.ablation_clips) for row in ablation_rows(folder)]
     make_all(options.base, kept, wanted, options.jobs)
@@ -108,12 +110,12 @@ def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], d
         metric["frechet"] = measures.frechet_interval(np.stack(seen), true)
         table.append({"row": row.name, "clips": count, "metric": metric})
         by_frame[row.name] = np.stack(errors)
-        _log.info("measured %s", row.name)
+        _log.info("Measured %s.", row.name)
     return table, by_frame
 
 
 def _own_length(maker: Maker, count: int) -> dict[str, dict[str, float]]:
-    """The base on clips of its own 25 frames."""
+    """Measure the base at its native 25 frames."""
     svd = maker.model(None)
     found = []
     for index in range(count):
@@ -123,7 +125,7 @@ def _own_length(maker: Maker, count: int) -> dict[str, dict[str, float]]:
 
 
 def _curve(maker: Maker, extension: Path, count: int) -> list[dict]:
-    """Path error of a single denoising step, by noise level, over all frames and over the last quarter."""
+    """Path error after a single denoising step by noise level, for all frames and for the last quarter."""
     seeds = range(world.HELD_OUT, world.HELD_OUT + count)
     rows = [("base at 25 frames", None, 25), ("(a) base", None, FRAMES), ("(b) untrained", "untrained", FRAMES),
             ("(c) post-tuned", str(extension), FRAMES)]  # fmt: skip
@@ -136,7 +138,7 @@ def _curve(maker: Maker, extension: Path, count: int) -> list[dict]:
             for sigma, e in errors.items()
         ]  # fmt: skip
         found.append({"row": title, "frames": frames, "clips": count, "levels": levels})
-        _log.info("denoising curve of %s", title)
+        _log.info("Measured the denoising curve of %s.", title)
     return found
 
 

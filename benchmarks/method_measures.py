@@ -1,4 +1,4 @@
-"""What is measured of made clips, and how sure the means are."""
+"""Measures of generated videos, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import numpy as np
 
 from small_model import measure, world
 
-#: name -> (what it is, its value for a perfect clip)
+#: name -> (description, value of a perfect video)
 MEASURES = {
-    "presence": ("share of frames in which a lane's shape is there, whole and of its colour", 1.0),
-    "path_error": ("distance from the true path, in picture widths, over all frames", 0.0),
-    "path_error_end": ("the same over the last quarter of the frames", 0.0),
-    "jump": ("how far frame-to-frame steps are from the true ones, in units of the true speed", 0.0),
-    "largest_step": ("95th percentile of the size of steps, in units of the true speed", 1.0),
-    "largest_stride": ("the same for the way of 4 frames, to which the pictures' wobble adds a fourth as much", 1.0),
-    "background_drift": ("change of the background's colour since the first frame, 0..1", 0.0),
-    "frechet": ("Fréchet distance of clip features from those of true clips", 0.0),
+    "presence": ("share of frames whose shapes are intact and correctly colored", 1.0),
+    "path_error": ("distance from the true path in image widths, over all frames", 0.0),
+    "path_error_end": ("path error over the last quarter of the frames", 0.0),
+    "jump": ("deviation of frame-to-frame motion from the true motion, in units of the true speed", 0.0),
+    "largest_step": ("95th percentile of frame-to-frame motion, in units of the true speed", 1.0),
+    "largest_stride": ("the same over 4 frames, in which jitter counts for a quarter as much", 1.0),
+    "background_drift": ("change of the background color since the first frame, 0..1", 0.0),
+    "frechet": ("Fréchet distance between features of generated and true videos", 0.0),
 }
 _STRIDE = 4
-_LOST_STEP = 2.0  # a step from or to an absent shape counts like one in the wrong direction
+_LOST_STEP = 2.0  # a missing shape counts like a step in the wrong direction
 
 
 def of_clip(clip: world.Clip, video: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Measures of one clip (all but the Fréchet distance), and its path error by frame [T].
+    """Measures of one video, except for the Fréchet distance, and its path error by frame [T].
 
     Args:
-        video: 0..1 [T, H, W, 3].
+        clip: the true clip.
+        video: the generated video [T, H, W, 3] in 0..1.
     """
     sighting = measure.sight(clip, video)
     errors = measure.path_error(sighting, clip)
@@ -43,24 +44,27 @@ def of_clip(clip: world.Clip, video: np.ndarray) -> tuple[dict[str, float], np.n
 
 
 def _largest(x: np.ndarray, frames: int) -> float:
-    """95th percentile of the size of ways over some frames, per frame."""
-    ways = np.abs(x[frames:] - x[:-frames]) / frames
-    ways = ways[~np.isnan(ways)]
-    return float(np.percentile(ways, 95)) if ways.size else float("nan")
+    """95th percentile of the speed over a number of frames, per frame."""
+    speeds = np.abs(x[frames:] - x[:-frames]) / frames
+    speeds = speeds[~np.isnan(speeds)]
+    return float(np.percentile(speeds, 95)) if speeds.size else float("nan")
 
 
 def _background_drift(video: np.ndarray) -> float:
-    colourless = (video.max(-1) - video.min(-1) < 0.1)[..., None]
-    difference = (video - world.background(video.shape[1])) * colourless
-    offset = difference.sum((1, 2)) / np.maximum(colourless.sum((1, 2)), 1)  # [T, 3]
+    gray = (video.max(-1) - video.min(-1) < 0.1)[..., None]
+    difference = (video - world.background(video.shape[1])) * gray
+    offset = difference.sum((1, 2)) / np.maximum(gray.sum((1, 2)), 1)  # [T, 3]
     return float(np.abs(offset - offset[0]).mean())
 
 
 class Features:
-    """Principal components of true clips, small and grey-free: 24 numbers a clip.
+    """Features of a video: 24 principal components of true videos.
 
-    A clip is read every 4th frame, as redness minus blueness averaged over cells of 4x8 pixels. The components are
-    those of clips that no row is compared with.
+    The input of the components is red minus blue in every 4th frame, averaged over cells of 4x8 pixels.
+
+    Args:
+        fitted_on: seeds of the true clips that the components are fitted to; not those of the comparison.
+        count: number of components.
     """
 
     def __init__(self, fitted_on: range, count: int = 24) -> None:
@@ -80,18 +84,21 @@ class Features:
         return self.axes @ (self._flat(video) - self.mean)
 
 
-def frechet(made: np.ndarray, true: np.ndarray) -> float:
-    """Fréchet distance between Gaussians fitted to features [N, D] and [M, D] (Heusel et al. 2017)."""
-    covariances = [np.cov(features, rowvar=False) for features in (made, true)]
-    # The trace of the root of a product of two covariances is the sum of the roots of its eigenvalues.
+def frechet(generated: np.ndarray, true: np.ndarray) -> float:
+    """Fréchet distance between Gaussians fitted to features of generated [N, D] and true videos [M, D].
+
+    Reference: Heusel et al. 2017.
+    """
+    covariances = [np.cov(features, rowvar=False) for features in (generated, true)]
+    # The trace of the matrix square root is the sum of the square roots of the eigenvalues.
     values = np.linalg.eigvals(covariances[0] @ covariances[1])
     root = np.sqrt(np.clip(values.real, 0, None)).sum()
-    apart = ((made.mean(0) - true.mean(0)) ** 2).sum()
-    return float(apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root)
+    mean_distance = ((generated.mean(0) - true.mean(0)) ** 2).sum()
+    return float(mean_distance + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root)
 
 
 def interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> dict[str, float]:
-    """Mean and 95 % bootstrap interval over clips."""
+    """Mean over videos, and its 95% bootstrap interval."""
     values = values[~np.isnan(values)]
     if not values.size:
         return {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
@@ -100,15 +107,15 @@ def interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> dict[str, 
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def frechet_interval(made: np.ndarray, true: np.ndarray, seed: int = 0, draws: int = 200) -> dict[str, float]:
-    """The distance, and its 95 % interval by leaving out half of the clips at random.
+def frechet_interval(generated: np.ndarray, true: np.ndarray, seed: int = 0, draws: int = 200) -> dict[str, float]:
+    """Fréchet distance and its 95% interval, from random halves of the videos (delete-half jackknife).
 
-    A bootstrap would draw clips twice, which narrows their spread and raises the distance. A mean over a random half
-    scatters about the mean over all as that one scatters about the truth (the delete-half jackknife).
+    A bootstrap would draw videos repeatedly, which reduces their variance and increases the distance. Results for
+    random halves scatter around the result for all videos as much as that one scatters around the truth.
     """
     random = np.random.default_rng(seed)
-    half = len(made) // 2
-    found = [frechet(made[random.permutation(len(made))[:half]], true) for _ in range(draws)]
-    mean = frechet(made, true)
+    half = len(generated) // 2
+    found = [frechet(generated[random.permutation(len(generated))[:half]], true) for _ in range(draws)]
+    mean = frechet(generated, true)
     low, high = np.percentile(np.array(found) - np.mean(found), [2.5, 97.5])
     return {"mean": mean, "low": mean + float(low), "high": mean + float(high)}

@@ -1,4 +1,4 @@
-"""Table, plots and contact sheet of the method's figures."""
+"""Table, plots and contact sheet of `bench method`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from .method_measures import MEASURES
 
 
 def markdown(table: list[dict], titles: dict[str, str], own_length: dict[str, dict[str, float]] | None = None) -> str:
-    """The table, with 95 % intervals."""
+    """The table with 95% intervals, in Markdown.
+
+    Args:
+        table: rows with their metrics.
+        titles: titles of the rows, by name.
+        own_length: measures of the base at its native length.
+    """
     names = list(MEASURES)
     lines = [
         "| row | clips | " + " | ".join(name.replace("_", " ") for name in names) + " |",
@@ -21,13 +27,14 @@ def markdown(table: list[dict], titles: dict[str, str], own_length: dict[str, di
         lines.append(f"| {titles[row['row']]} | {row['clips']} | " + " | ".join(cells) + " |")
     if own_length is not None:
         cells = [f"{name.replace('_', ' ')} {_cell(value)}" for name, value in own_length.items()]
-        lines += ["", f"The base at its own 25 frames: {', '.join(cells)}."]
+        lines += ["", f"The base at its native 25 frames: {', '.join(cells)}."]
     lines.append("")
     for name, (text, perfect) in MEASURES.items():
         lines.append(f"- *{name.replace('_', ' ')}*: {text}; {perfect:g} is perfect.")
     equal = [name for name in names if _all_overlap([row["metric"][name] for row in table if row["row"] != "truth"])]
     if equal:
-        lines += ["", f"All rows' intervals overlap on: {', '.join(equal)}. These figures tell nothing apart."]
+        overlapping = ", ".join(equal).replace("_", " ")
+        lines += ["", f"The intervals of all rows overlap for {overlapping}, which does not distinguish them."]
     return "\n".join(lines) + "\n"
 
 
@@ -46,7 +53,7 @@ def _figure(width: float, height: float):  # noqa: ANN202
 
 
 def paths(by_frame: dict[str, np.ndarray], titles: dict[str, str], target: Path) -> None:
-    """Path error by frame, mean over clips, with 95 % of the mean's scatter."""
+    """Plot the path error by frame: mean over videos, with its 95% interval."""
     figure = _figure(9, 5)
     axes = figure.subplots()
     for name, errors in by_frame.items():
@@ -55,8 +62,8 @@ def paths(by_frame: dict[str, np.ndarray], titles: dict[str, str], target: Path)
         (line,) = axes.plot(mean, label=titles[name], **style)
         axes.fill_between(range(len(mean)), mean - half, mean + half, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.axvline(24.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.annotate("the base's own length", (25.5, axes.get_ylim()[1] * 0.97), color="grey", fontsize=8, va="top")
-    axes.set(xlabel="frame", ylabel="distance from the true path (picture widths)", ylim=(0, None))
+    axes.annotate("native length of the base", (25.5, axes.get_ylim()[1] * 0.97), color="grey", fontsize=8, va="top")
+    axes.set(xlabel="frame", ylabel="distance from the true path (image widths)", ylim=(0, None))
     figure.legend(fontsize=8, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(target, dpi=120)
 
@@ -65,7 +72,7 @@ _MAIN = ("base", "untrained", "extended", "windows")
 
 
 def curve(rows: list[dict], target: Path) -> None:
-    """One-step denoising error by noise level: whole clip, and its last quarter."""
+    """Plot the error after one denoising step by noise level, for all frames and the last quarter."""
     figure = _figure(10, 4)
     for axes, key, title in zip(
         figure.subplots(1, 2, sharey=True), ("path_error", "last_quarter"), ("all frames", "last quarter"), strict=True
@@ -74,14 +81,14 @@ def curve(rows: list[dict], target: Path) -> None:
             levels = row["levels"]
             axes.plot([level["sigma"] for level in levels], [level[key] for level in levels], "o-", label=row["row"])
         axes.set(xscale="log", xlabel="noise level sigma", title=title)
-    figure.axes[0].set_ylim(bottom=0)  # of both, and only now: a limit set earlier would fix the upper one too
+    figure.axes[0].set_ylim(bottom=0)  # at the end, because setting a limit disables autoscaling
     figure.axes[0].set_ylabel("path error of one denoising step")
     figure.axes[0].legend(fontsize=8)
     figure.savefig(target, dpi=120)
 
 
 def contact_sheet(videos: dict[str, np.ndarray], target: Path, every: int = 12) -> None:
-    """Frames of the same clip by every row."""
+    """Draw frames of the same clip for every row."""
     shown = range(0, 128, every)
     figure = _figure(len(shown) * 1.0, len(videos) * 1.3)
     for part, (title, video) in zip(figure.subfigures(len(videos), 1), videos.items(), strict=True):

@@ -1,4 +1,4 @@
-"""The rows of the method's table: which model makes each row's clips, and the clips, kept in a folder."""
+"""The rows of `bench method`: their models, and their videos, which are cached in a folder."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from exvideo_core.post_tuning.samples import Encoder
 from small_model import clips, world
 
 FRAMES = 128
-_CODE = 2  # to be raised when clips come out different: kept ones are then made anew
+_CODE = 2  # increase it when videos change, to invalidate the cache
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """A row of the table.
 
     Attributes:
-        name: in the table's JSON.
-        title: what it is, in words.
-        extension: an extension's file, "untrained" for a fresh one, or None for the bare base.
-        windows: the clip is made in windows of the base's own length.
-        truth: the true clip through the VAE alone: what measuring and decoding cost.
+        name: name in the JSON file.
+        title: title in the table.
+        extension: an extension's file, "untrained", or None for the base alone.
+        windows: generate videos in windows of the base's native length.
+        truth: encode and decode the true video with the VAE, which shows the error of decoding and measuring.
     """
 
     name: str
@@ -42,9 +42,10 @@ class Row:
 
 
 def main_rows(extension: Path) -> list[Row]:
+    """Rows of the main table."""
     return [
-        Row("truth", "true clip through the VAE", truth=True),
-        Row("base", "(a) base as it is"),
+        Row("truth", "true video, encoded and decoded", truth=True),
+        Row("base", "(a) base"),
         Row("untrained", "(b) base + untrained extension", "untrained"),
         Row("extended", "(c) base + post-tuned extension", str(extension)),
         Row("windows", "(d) base in 25-frame windows", windows=True),
@@ -52,16 +53,17 @@ def main_rows(extension: Path) -> list[Row]:
 
 
 def ablation_rows(folder: Path) -> list[Row]:
+    """Rows of the ablations, whose extensions are in a folder."""
     return [
-        Row("extended_short", "(c) at the ablations' steps", str(folder / "full.safetensors")),
-        Row("no_convolution", "(e) without the convolution", str(folder / "no_convolution.safetensors")),
+        Row("extended_short", "(c) trained as briefly as (e)", str(folder / "full.safetensors")),
+        Row("no_convolution", "(e) without convolution", str(folder / "no_convolution.safetensors")),
         Row("no_positions", "(e) without trained positions", str(folder / "no_positions.safetensors")),
         Row("no_attention", "(e) without temporal attention", str(folder / "no_attention.safetensors")),
     ]
 
 
 class Maker:
-    """Makes clips of rows, holding one row's model at a time."""
+    """Generates the videos of all rows, with one row's model in memory at a time."""
 
     def __init__(self, base: Path, folder: Path) -> None:
         self.base = base
@@ -70,6 +72,7 @@ class Maker:
         self._svd = None
 
     def model(self, extension: str | None):  # noqa: ANN201 - SVD
+        """The base with the given extension, which is kept until another one is requested."""
         from exvideo_core.diffusers import checkpoint, patch
         from exvideo_core.method.extension import Extension
         from exvideo_core.post_tuning.selection import untrained
@@ -83,7 +86,7 @@ class Maker:
         return self._svd
 
     def path(self, row: Row, index: int) -> Path:
-        """Named by all that decides the clip."""
+        """Cache file of a video. Its name depends on everything that affects the video."""
         parts = [row.name, _digest(self.base), clips.STEPS, FRAMES, _CODE]
         if row.extension and row.extension != "untrained":
             parts.append(_digest(Path(row.extension)))
@@ -91,13 +94,13 @@ class Maker:
         return self.folder / f"{row.name}-{key}" / f"{index:03d}.npz"
 
     def clip(self, row: Row, index: int) -> np.ndarray:
-        """Clip `index` of a row, from the folder or made now: 0..1 [128, H, W, 3]."""
+        """Video `index` of a row, generated unless it is cached: [128, H, W, 3] in 0..1."""
         path = self.path(row, index)
         if not path.exists():
             svd, clip = self.model(row.extension), world.sample(world.HELD_OUT + index)
             if row.truth:
-                pictures = world.as_bytes(world.render(clip, FRAMES))
-                video = decode(svd, Encoder(svd.vae, svd.image_encoder).latents(pictures))
+                frames = world.as_bytes(world.render(clip, FRAMES))
+                video = decode(svd, Encoder(svd.vae, svd.image_encoder).latents(frames))
             elif row.windows:
                 video = clips.make_in_windows(svd, clip, FRAMES, svd.frames, seed=index)
             else:
@@ -123,10 +126,10 @@ def _make(row: Row, index: int) -> None:
 
 
 def make_all(base: Path, folder: Path, wanted: Sequence[tuple[Row, int]], jobs: int) -> None:
-    """Make the clips that are not in the folder yet: one process a core is faster than one on all of them."""
+    """Generate all videos that are not cached. One process per core is faster than one process on all cores."""
     maker = Maker(base, folder)
     missing = [(row, index) for row, count in wanted for index in range(count) if not maker.path(row, index).exists()]
-    _log.info("%d clips to make", len(missing))
+    _log.info("Generating %d videos ...", len(missing))
     if not missing:
         return
     with get_context("spawn").Pool(jobs, _start, (base, folder)) as pool:
@@ -134,7 +137,7 @@ def make_all(base: Path, folder: Path, wanted: Sequence[tuple[Row, int]], jobs: 
         for done, result in enumerate(results, 1):
             result.get()
             if done % 10 == 0 or done == len(results):
-                _log.info("%d of %d clips (%s)", done, len(results), missing[done - 1][0].name)
+                _log.info("%d of %d videos (%s)", done, len(results), missing[done - 1][0].name)
 
 
 def _digest(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""A minute of video, 1,800 frames, through windows and straight into a file on one server, against 256 frames.
+"""A minute of video (1,800 frames) compared to 256 frames, sampled in windows and saved to a file by one server.
 
     python run.py bench minute [--frames 256 1800] [--steps 8]
 
-Memory is the server's resident size at its largest while a prompt runs, over what it was before the first one.
+Memory is the server's peak resident size during a prompt; the table also shows it before the prompt.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def main() -> int:
     with Server(Host(Path(os.environ["EXVIDEO_HOST"]))) as server:
         from PIL import Image
 
-        picture = (world.render(world.sample(world.HELD_OUT), 1)[0] * 255).round().astype(np.uint8)
-        Image.fromarray(picture).save(server.input / "example.png")
-        # A first prompt loads models and libraries, which stay.
+        image = (world.render(world.sample(world.HELD_OUT), 1)[0] * 255).round().astype(np.uint8)
+        Image.fromarray(image).save(server.input / "example.png")
+        # The first prompt loads models and libraries, which remain in memory.
         server.run(_prompt(160, 1))
         assert server.process is not None
         process = psutil.Process(server.process.pid)
@@ -81,7 +81,7 @@ def _prompt(frames: int, steps: int) -> dict[str, Any]:
 
 
 class _Peak:
-    """The largest resident size of a process within the block."""
+    """Peak resident size of a process during this context."""
 
     def __init__(self, process: psutil.Process) -> None:
         self.bytes = 0

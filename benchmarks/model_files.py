@@ -1,7 +1,7 @@
-"""Writes a checkpoint and an extension to measure with, where they are not there yet.
+"""Writes the checkpoint and extension for a benchmark, unless they exist.
 
-hollow: full-size files in fp16 whose numbers are holes, zeros that take no room on a disk. random: full-size ones with
-random weights, made on the CUDA card. small: those of the tests' small model.
+hollow: full-size sparse files in fp16, whose weights are zeros that use no disk space. random: full-size files with
+random weights, generated on the CUDA card. small: files of the tests' small random model.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-#: Of the 16 transformers of SVD.
+#: Channels of SVD's 16 transformers.
 WIDTHS = [320] * 2 + [640] * 2 + [1280] * 6 + [640] * 3 + [320] * 3
 CONTEXT = 1024
 FRAMES = 128
-#: Names that `random_model.make` gives.
+#: File names of `random_model.make`.
 SMALL = "exvideo_small_random.safetensors", "exvideo_small_random_128f.safetensors"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Files(NamedTuple):
+    """Paths of a checkpoint and its extension."""
+
     checkpoint: Path
     extension: Path
 
@@ -51,16 +53,16 @@ def _write_random(path: Path, shapes: Shapes, is_extension: bool) -> None:
 
     with torch.device("cuda"):
         if is_extension:
-            made = random_model.random_extension(WIDTHS, CONTEXT, FRAMES, None)
+            weights = random_model.random_extension(WIDTHS, CONTEXT, FRAMES, None)
         else:
-            made = {name: random_model.random_weight(name, shape, None).half() for name, shape in shapes.items()}
-    save_file({name: value.half().cpu().contiguous() for name, value in made.items()}, path)
+            weights = {name: random_model.random_weight(name, shape, None).half() for name, shape in shapes.items()}
+    save_file({name: value.half().cpu().contiguous() for name, value in weights.items()}, path)
 
 
 def _write(folder: Path, kind: str) -> None:
     from . import in_process
 
-    in_process.set_up(on_cpu=True)  # under dynamic VRAM the host's layers do not know their shapes
+    in_process.set_up(on_cpu=True)  # with dynamic VRAM, ComfyUI's layers have no shapes before loading
     import random_model
     from exvideo_core.method import tensor_names
 
@@ -80,14 +82,14 @@ def _write(folder: Path, kind: str) -> None:
 
 
 def files(folder: Path, kind: str) -> Files:
-    """Where the files of a kind lie in a folder."""
+    """Paths of the files of a kind in a folder."""
     if kind == "small":
         return Files(folder / "checkpoints" / SMALL[0], folder / "exvideo" / SMALL[1])
     return Files(folder / "svd_xt.safetensors", folder / "ExVideo-SVD-128f-v1.fp16.safetensors")
 
 
 def make(folder: Path, kind: str) -> Files:
-    """Write the files in a process of their own, where they are not there yet."""
+    """Write the files in a separate process, unless they exist."""
     found = files(folder, kind)
     if not all(path.exists() for path in found):
         subprocess.run([sys.executable, "-m", "benchmarks.model_files", str(folder), kind], check=True)

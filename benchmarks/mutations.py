@@ -1,4 +1,4 @@
-"""Ways in which a model file can be wrong: each mutation takes a sound safetensors file and spoils it."""
+"""Mutations that corrupt or alter a valid safetensors file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2,
 
 @dataclass
 class Parts:
-    """A safetensors file in parts. `hollow` data are bytes of zero that a file system need not store.
+    """Contents of a safetensors file.
 
     Attributes:
         header: tensor name -> its entry, and `__metadata__`.
-        data: what follows the header.
-        hollow: data that follow as a hole, in bytes.
+        data: data after the header.
+        hollow: number of zero bytes at the end, stored as a hole in a sparse file.
     """
 
     header: dict[str, Any]
@@ -29,35 +29,40 @@ class Parts:
 
     @classmethod
     def read(cls, path: Path) -> Parts:
+        """Read a file."""
         raw = path.read_bytes()
         length = int.from_bytes(raw[:8], "little")
         return cls(json.loads(raw[8 : 8 + length]), bytearray(raw[8 + length :]))
 
     @property
     def names(self) -> list[str]:
+        """Names of all tensors."""
         return [name for name in self.header if name != "__metadata__"]
 
     def packed(self) -> bytes:
+        """The file's bytes, without the hole."""
         header = json.dumps(self.header).encode()
         return struct.pack("<Q", len(header)) + header + bytes(self.data)
 
     def write(self, path: Path, content: bytes) -> None:
+        """Write `content` and the hole to a file."""
         with path.open("wb") as file:
             file.write(content)
             if self.hollow:
                 file.truncate(len(content) + self.hollow)
 
 
+#: Returns the bytes of the mutated file, except for the hole.
 Mutation = Callable[[Parts, random.Random], bytes]
 
 
-def cut_off(parts: Parts, rng: random.Random) -> bytes:
+def truncated(parts: Parts, rng: random.Random) -> bytes:
     content = parts.packed()
     parts.hollow = 0
     return content[: rng.choice([rng.randrange(len(content)), len(content) - rng.randint(1, 64)])]
 
 
-def longer(parts: Parts, rng: random.Random) -> bytes:
+def trailing_bytes(parts: Parts, rng: random.Random) -> bytes:
     parts.hollow += rng.randint(1, 4096)
     return parts.packed()
 
@@ -69,8 +74,8 @@ def header_length(parts: Parts, rng: random.Random) -> bytes:
     return struct.pack("<Q", other if other != length else length + 2) + content[8:]
 
 
-def lost_tensor(parts: Parts, rng: random.Random) -> bytes:
-    """Its entry only, or its bytes too, as of a file that another tool saved without it."""
+def missing_tensor(parts: Parts, rng: random.Random) -> bytes:
+    """Remove a tensor's entry, or also its data, as if another tool had saved the file without it."""
     name = rng.choice(parts.names)
     begin, end = parts.header.pop(name)["data_offsets"]
     if rng.random() < 0.5 and not parts.hollow:
@@ -90,7 +95,7 @@ def renamed_tensor(parts: Parts, rng: random.Random) -> bytes:
 
 
 def swapped_tensors(parts: Parts, rng: random.Random) -> bytes:
-    """Two tensors of different shapes under each other's names."""
+    """Swap the names of two tensors with different shapes."""
     names = parts.names
     one = rng.choice(names)
     shape = parts.header[one]["shape"]
@@ -100,7 +105,7 @@ def swapped_tensors(parts: Parts, rng: random.Random) -> bytes:
 
 
 def wrong_shape(parts: Parts, rng: random.Random) -> bytes:
-    """Other dimensions, of the same number of elements or not, up to absurd ones."""
+    """Change a tensor's shape, to plausible or absurd ones."""
     entry = parts.header[rng.choice([name for name in parts.names if parts.header[name]["shape"]])]
     shape: list[Any] = list(entry["shape"])
     ways = [
@@ -123,7 +128,7 @@ def wrong_shape(parts: Parts, rng: random.Random) -> bytes:
 
 
 def wrong_dtype(parts: Parts, rng: random.Random) -> bytes:
-    """A type of another size, an unknown one, or none."""
+    """Change a tensor's dtype to one of another size, an unknown one, or none."""
     entry = parts.header[rng.choice(parts.names)]
     size = _SIZES[entry["dtype"]]
     others: list[Any] = [dtype for dtype, bytes_ in _SIZES.items() if bytes_ != size]
@@ -142,14 +147,14 @@ def wrong_offsets(parts: Parts, rng: random.Random) -> bytes:
     return parts.packed()
 
 
-def twice(parts: Parts, rng: random.Random) -> bytes:
-    """A header that names one tensor twice: a dictionary would quietly keep the last."""
+def duplicate_tensor(parts: Parts, rng: random.Random) -> bytes:
+    """Repeat a tensor in the header; JSON parsers silently keep only the last one."""
     name = rng.choice(parts.names)
     header = json.dumps(parts.header)[:-1] + f", {json.dumps(name)}: {json.dumps(parts.header[name])}}}"
     return struct.pack("<Q", len(header)) + header.encode() + bytes(parts.data)
 
 
-def broken_json(parts: Parts, rng: random.Random) -> bytes:
+def invalid_json(parts: Parts, rng: random.Random) -> bytes:
     header = rng.choice([
         b"{" * 100_000, b'{"a":' * 2000 + b"1" + b"}" * 2000, b"{}", b"[]", b"null", b'{"a": 1}', b'{"a": {}}',
         b"{\xff\xfe}", b'{"__metadata__": 7}', b'{"a": {"dtype": "F16", "shape": 3, "data_offsets": [0, 6]}}',
@@ -159,8 +164,8 @@ def broken_json(parts: Parts, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + bytes(parts.data)
 
 
-def wrong_sizes_in_metadata(parts: Parts, rng: random.Random) -> bytes:
-    """Numbers that no model of these shapes has, and metadata that are no texts."""
+def wrong_metadata(parts: Parts, rng: random.Random) -> bytes:
+    """Set invalid sizes in the metadata, or values that are not strings."""
     metadata: Any = dict(parts.header.get("__metadata__", {}))
     key = rng.choice(["exvideo.num_head_channels", "exvideo.clip_num_attention_heads"])
     metadata[key] = rng.choice(["", "abc", "0", "-8", "7", "1e3", str(10**30), "3.5", 64, None, ["8"]])
@@ -168,26 +173,26 @@ def wrong_sizes_in_metadata(parts: Parts, rng: random.Random) -> bytes:
     return parts.packed()
 
 
-def not_finite(parts: Parts, rng: random.Random) -> bytes:
-    """NaN or infinity somewhere in a tensor."""
-    name = rng.choice([name for name in parts.names if parts.header[name]["dtype"] in _NOT_FINITE])
+def nan_or_infinity(parts: Parts, rng: random.Random) -> bytes:
+    """Put NaN or infinity into a tensor."""
+    name = rng.choice([name for name in parts.names if parts.header[name]["dtype"] in _NON_FINITE])
     entry = parts.header[name]
     width = _SIZES[entry["dtype"]]
     begin, end = entry["data_offsets"]
-    place = begin + width * rng.randrange((end - begin) // width)
-    parts.data[place : place + width] = rng.choice(_NOT_FINITE[entry["dtype"]])
+    offset = begin + width * rng.randrange((end - begin) // width)
+    parts.data[offset : offset + width] = rng.choice(_NON_FINITE[entry["dtype"]])
     return parts.packed()
 
 
-_NOT_FINITE = {
+_NON_FINITE = {
     "F16": [b"\x00\x7c", b"\x00\xfc", b"\x01\x7e"],
     "BF16": [b"\x80\x7f", b"\x80\xff", b"\xc0\x7f"],
     "F32": [b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\x00\x00\xc0\x7f"],
 }
 
 
-def another_kind(parts: Parts, rng: random.Random) -> bytes:
-    """What lies under such a name when a download went wrong, or was of something else."""
+def other_file_type(parts: Parts, rng: random.Random) -> bytes:
+    """Replace the file by another type, such as the result of a failed download."""
     parts.hollow = 0
     return rng.choice([
         b"", b"\x00" * rng.randint(1, 4096), rng.randbytes(rng.randint(1, 4096)), b"PK\x03\x04" + rng.randbytes(200),
@@ -207,7 +212,7 @@ def flipped_bits_in_data(parts: Parts, rng: random.Random) -> bytes:
 
 
 def overwritten(parts: Parts, rng: random.Random) -> bytes:
-    """A run of bytes from elsewhere in the file, zeros or noise, anywhere."""
+    """Overwrite a range with zeros, noise, or another range of the file."""
     content = bytearray(parts.packed())
     begin, length = rng.randrange(len(content)), rng.choice([1, 8, 512, 4096, 65536])
     length = min(length, len(content) - begin)
@@ -224,13 +229,13 @@ def _flipped(content: bytearray, begin: int, end: int, rng: random.Random) -> by
     return bytes(content)
 
 
-#: After these, a file cannot be a sound one: to load it would be wrong.
-SPOILING: tuple[Mutation, ...] = (
-    cut_off, longer, header_length, lost_tensor, renamed_tensor, swapped_tensors, wrong_shape, wrong_dtype,
-    wrong_offsets, twice, broken_json, another_kind,
+#: Mutations after which a file is invalid, so that loading it would be a bug.
+CORRUPTING: tuple[Mutation, ...] = (
+    truncated, trailing_bytes, header_length, missing_tensor, renamed_tensor, swapped_tensors, wrong_shape, wrong_dtype,
+    wrong_offsets, duplicate_tensor, invalid_json, other_file_type,
 )  # fmt: skip
-#: The same, where it concerns one of the two kinds of file only.
-SPOILING_EXTENSIONS: tuple[Mutation, ...] = (not_finite,)
-SPOILING_CHECKPOINTS: tuple[Mutation, ...] = (wrong_sizes_in_metadata,)
-#: After these it may still be one, with other numbers in it.
-DISTURBING: tuple[Mutation, ...] = (flipped_bits_in_header, flipped_bits_in_data, overwritten)
+#: Further ones that apply only to extensions or to checkpoints.
+CORRUPTING_EXTENSIONS: tuple[Mutation, ...] = (nan_or_infinity,)
+CORRUPTING_CHECKPOINTS: tuple[Mutation, ...] = (wrong_metadata,)
+#: Mutations after which a file can still be valid, with different weights.
+ALTERING: tuple[Mutation, ...] = (flipped_bits_in_header, flipped_bits_in_data, overwritten)

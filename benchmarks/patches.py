@@ -1,10 +1,10 @@
-"""Memory of a call with other nodes' patches on the model, and what ComfyUI is told that it needs.
+"""Memory of a call with other nodes' patches, compared to the estimate that is reported to ComfyUI.
 
     python run.py bench patches [--frames 128] [--size 64] [--chunk-megabytes 128]
 
-Counted as by `bench memory`: bytes of tensors alive at the peak of a full-size call in fp16, without the weights. Told
-is what the model answers while ComfyUI makes room for it. Where told is less than needed, ComfyUI keeps too many
-weights on the card, and the run can end out of memory.
+Counted as in `bench memory`: peak bytes of live tensors during a full-size call in fp16, without weights. Reported is
+the estimate with which ComfyUI frees memory. If less is reported than needed, ComfyUI keeps too many weights on the
+card, and the run can fail with an out-of-memory error.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench patches", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--frames", type=int, default=128)
-    parser.add_argument("--size", type=int, default=64, help="of the latents")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the latents")
     parser.add_argument("--chunk-megabytes", type=int, default=128)
     options = parser.parse_args()
-    from . import unets  # noqa: F401 - puts ComfyUI on the path
+    from . import unets  # noqa: F401 - adds ComfyUI to the path
 
     rows = []
     for name, change, conditions in _cases():
@@ -38,9 +38,10 @@ def main() -> int:
                 return changed[0]
 
             needed = count("ours", options.frames, options.size, options.chunk_megabytes, offload, note, conditions)
-            told = _told(changed[0], [options.frames, 4, options.size, options.size], conditions)
-            row = {"patch": name, "skips": "in RAM" if offload else "on the card", "conditions": conditions,
-                   "needed_gib": needed / GIB, "told_gib": told / GIB, "told_to_needed": told / needed}  # fmt: skip
+            reported = _reported(changed[0], [options.frames, 4, options.size, options.size], conditions)
+            place = "in RAM" if offload else "on the card"
+            row = {"patch": name, "skips": place, "conditions": conditions, "needed_gib": needed / GIB,
+                   "told_gib": reported / GIB, "told_to_needed": reported / needed}  # fmt: skip
             rows.append(row)
             print(row, flush=True)
     report.write("patches", rows)
@@ -48,14 +49,14 @@ def main() -> int:
 
 
 def _cases() -> list[tuple[str, Callable[[Any], Any], int]]:
-    """(name, what it does to a model, conditions that then share a batch)."""
+    """(name, function that patches a model, number of conditions in a batch)."""
 
-    def of_host(file: str, name: str, **inputs: Any) -> Callable[[Any], Any]:  # noqa: ANN401
+    def comfy_node(file: str, name: str, **inputs: Any) -> Callable[[Any], Any]:  # noqa: ANN401
         node = getattr(importlib.import_module(f"comfy_extras.{file}"), name)
         function = node.execute if hasattr(node, "execute") else getattr(node(), node.FUNCTION)
         return lambda model: function(model=model, **inputs)[0]
 
-    def unknown(model: Any) -> Any:  # noqa: ANN401
+    def unknown_patch(model: Any) -> Any:  # noqa: ANN401
         changed = model.clone()
         changed.set_model_attn1_output_patch(lambda out, options: out)
         return changed
@@ -67,17 +68,17 @@ def _cases() -> list[tuple[str, Callable[[Any], Any], int]]:
 
     return [
         ("none", lambda model: model, 1),
-        ("NAGuidance", of_host("nodes_nag", "NAGuidance", nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5), 2),
-        ("HyperTile", of_host("nodes_hypertile", "HyperTile", tile_size=256, swap_size=1, max_depth=0,
+        ("NAGuidance", comfy_node("nodes_nag", "NAGuidance", nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5), 2),
+        ("HyperTile", comfy_node("nodes_hypertile", "HyperTile", tile_size=256, swap_size=1, max_depth=0,
                               scale_depth=False), 1),
-        ("FreeU_V2", of_host("nodes_freelunch", "FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2), 1),
+        ("FreeU_V2", comfy_node("nodes_freelunch", "FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2), 1),
         ("attention replaced in the middle block", one_block, 1),
-        ("another pack's attention patch", unknown, 1),
+        ("another pack's attention patch", unknown_patch, 1),
     ]  # fmt: skip
 
 
-def _told(model: Any, shape: list[int], conditions: int) -> float:  # noqa: ANN401 - the host's
-    """What ComfyUI is told of a sampling of latents of a shape."""
+def _reported(model: Any, shape: list[int], conditions: int) -> float:  # noqa: ANN401 - ComfyUI's
+    """Bytes that are reported to ComfyUI for sampling latents of a shape."""
     from comfy.patcher_extension import WrappersMP
 
     def ask(patcher: Any, noise_shape: list[int], *_: Any, **__: Any) -> float:  # noqa: ANN401

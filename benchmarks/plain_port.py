@@ -1,4 +1,4 @@
-"""The extension in the host without anything that saves memory or time: what a straightforward port does."""
+"""A straightforward port of the extension to ComfyUI, without any optimization of memory or speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exvideo_core.method.extension import BlockWeights, Extension
 
 
 class PlainTransformer(SpatialVideoTransformer):
-    """The host's transformer, its temporal block behind the positions and the 3-D convolution."""
+    """ComfyUI's transformer with positions and the 3-D convolution before its temporal block."""
 
     def __init__(self, base: SpatialVideoTransformer, weights: BlockWeights) -> None:
         share_submodules(self, base)
@@ -40,15 +40,15 @@ class PlainTransformer(SpatialVideoTransformer):
         tokens = self.transformer_blocks[0](tokens, context=context, transformer_options=transformer_options)
         pixel_context = context[::timesteps].repeat_interleave(height * width, dim=0)
         shift = self.time_pos_embed(self.table[:timesteps])
-        moving = positional_convolution(tokens, shift, self.conv, height, width)
-        moving = self.time_stack[0](moving, context=pixel_context, transformer_options=transformer_options)
-        moving = moving.unflatten(0, (-1, height * width)).transpose(1, 2).flatten(0, 1)
-        mixed = self.time_mixer(x_spatial=tokens, x_temporal=moving, image_only_indicator=image_only_indicator)
+        temporal = positional_convolution(tokens, shift, self.conv, height, width)
+        temporal = self.time_stack[0](temporal, context=pixel_context, transformer_options=transformer_options)
+        temporal = temporal.unflatten(0, (-1, height * width)).transpose(1, 2).flatten(0, 1)
+        mixed = self.time_mixer(x_spatial=tokens, x_temporal=temporal, image_only_indicator=image_only_indicator)
         return x + self.proj_out(mixed).transpose(1, 2).unflatten(2, (height, width))
 
 
 def apply(patcher: comfy.model_patcher.ModelPatcher, extension: Extension) -> comfy.model_patcher.ModelPatcher:
-    """A clone with the extension in it."""
+    """A clone with the extension applied."""
     patched = patcher.clone()
     shared: dict[str, tuple[torch.Tensor]] = {}
     for (path, base), weights in zip(find_transformers(patcher).items(), extension.blocks, strict=True):

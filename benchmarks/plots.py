@@ -1,4 +1,4 @@
-"""Draws the plots of a benchmark's JSON, in an environment that has matplotlib: ComfyUI's need not have it."""
+"""Draws the plots of a benchmark from its JSON file, in an environment with matplotlib, which ComfyUI may lack."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ def main() -> int:
 
 
 def _results(stem: str) -> dict[Path, list[dict[str, Any]]]:
-    """Rows of the JSON files of that name, of a CPU and of a GPU, by the plot to draw of them."""
+    """Rows of the results on a CPU and on a GPU, by the path of their plot."""
     files = [RESULTS / f"{stem}.json", RESULTS / f"{stem}_cuda.json"]
     return {file.with_suffix(".png"): json.loads(file.read_text("utf-8"))["rows"] for file in files if file.exists()}
 
 
 def growth() -> None:
+    """Plot `bench growth`."""
     from matplotlib import pyplot
 
-    panels = {"seconds": "seconds a call", "peak_mib": "MiB over the weights"}
+    panels = {"seconds": "seconds per call", "peak_mib": "MiB, without weights"}
     for target, rows in _results("growth").items():
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         for axis, (name, title) in zip(axes, panels.items(), strict=True):
             axis.plot([row["frames"] for row in rows], [row[name] for row in rows], marker="o", label="measured")
             ends = [0, rows[-1]["frames"]], [0, rows[-1][name]]
-            axis.plot(*ends, color="grey", linestyle=":", label="in proportion")
+            axis.plot(*ends, color="grey", linestyle=":", label="proportional")
             axis.set_xlabel("frames")
             axis.set_title(title)
             axis.set_ylim(bottom=0)
@@ -47,17 +48,18 @@ def growth() -> None:
 
 
 def memory() -> None:
+    """Plot `bench memory`."""
     from matplotlib import pyplot
 
     for target, rows in _results("memory_counted").items():
-        pictures = list(dict.fromkeys(row["picture"] for row in rows))
-        figure, axes = pyplot.subplots(1, len(pictures), figsize=(9, 3), layout="constrained")
-        for axis, picture in zip(axes, pictures, strict=True):
-            shown = [row for row in rows if row["picture"] == picture][::-1]
+        sizes = list(dict.fromkeys(row["picture"] for row in rows))
+        figure, axes = pyplot.subplots(1, len(sizes), figsize=(9, 3), layout="constrained")
+        for axis, size in zip(axes, sizes, strict=True):
+            shown = [row for row in rows if row["picture"] == size][::-1]
             bars = axis.barh([row["who"] for row in shown], [row["peak_gib"] for row in shown])
             axis.bar_label(bars, fmt="%.1f", padding=3)
-            axis.set_title(f"{picture}, {shown[0]['frames']} frames")
-            axis.set_xlabel("GiB beside the weights")
+            axis.set_title(f"{size}, {shown[0]['frames']} frames")
+            axis.set_xlabel("GiB, without weights")
             axis.margins(x=0.15)
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(target, dpi=110)

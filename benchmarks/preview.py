@@ -1,8 +1,8 @@
-"""What the preview that plays the clip costs: sampling on the small model with it, with the host's own, and with none.
+"""Cost of the animated preview: sampling on the small model with it, with ComfyUI's own preview, and with none.
 
     python run.py bench preview [--frames 128] [--steps 8] [--repeats 9]
 
-The three take turns. Pictures are encoded in a thread of their own, as the host's server does.
+The three alternate. Images are encoded in a separate thread, as in ComfyUI's server.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from small_model import world
 from . import report
 from .length import Maker
 
-WAYS = ("none", "host", "clip")
+KINDS = ("none", "ComfyUI", "animated")
 
 
 def main() -> int:
@@ -34,24 +34,24 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     sampling, server = _Sampling(options.frames, options.steps), _Server()
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    pictures: dict[str, int] = dict.fromkeys(WAYS, 0)
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    images: dict[str, int] = dict.fromkeys(KINDS, 0)
     sampling.run("none")  # warms up
     for _ in range(options.repeats):
-        for way in WAYS:
+        for kind in KINDS:
             server.encoded = 0
             began = time.perf_counter()
-            sampling.run(way)
-            times[way].append(time.perf_counter() - began)
-            pictures[way] += server.encoded
+            sampling.run(kind)
+            times[kind].append(time.perf_counter() - began)
+            images[kind] += server.encoded
     rows = []
-    for way in WAYS:
-        ratios = np.array(times[way]) / np.array(times["none"])
+    for kind in KINDS:
+        ratios = np.array(times[kind]) / np.array(times["none"])
         low, median, high = np.percentile(ratios, [25, 50, 75])
         rows.append({
-            "preview": way, "frames": options.frames, "steps": options.steps, "seconds": float(np.median(times[way])),
+            "preview": kind, "frames": options.frames, "steps": options.steps, "seconds": float(np.median(times[kind])),
             "of_none": float(median), "quartiles": [float(low), float(high)],
-            "pictures_per_second": pictures[way] / sum(times[way]),
+            "pictures_per_second": images[kind] / sum(times[kind]),
         })  # fmt: skip
         print(report.markdown(rows[-1:]).splitlines()[-1], flush=True)
     report.write("preview", rows)
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 class _Server:
-    """Encodes what the host's progress hook is given, in another thread, as the host's server does."""
+    """Encodes the images of ComfyUI's progress hook in a separate thread, as its server does."""
 
     def __init__(self) -> None:
         import comfy.utils
@@ -77,14 +77,14 @@ class _Server:
         from PIL import ImageOps
 
         while True:
-            kind, picture, most = self._waiting.get()
-            ImageOps.contain(picture, (most, most)).save(io.BytesIO(), format=kind, quality=95)
+            kind, image, max_size = self._waiting.get()
+            ImageOps.contain(image, (max_size, max_size)).save(io.BytesIO(), format=kind, quality=95)
             self.encoded += 1
 
 
 class _Sampling:
     def __init__(self, frames: int, steps: int) -> None:
-        maker = Maker()  # before all that needs the host
+        maker = Maker()  # makes ComfyUI importable
 
         from exvideo_core.comfyui.apply.patch import apply_extension
         from exvideo_core.comfyui.vae.conditioning import encode_conditioning
@@ -99,16 +99,16 @@ class _Sampling:
         self._noise = torch.randn(self._latent.shape, generator=torch.Generator().manual_seed(0))
         self._model = apply_extension(maker.model, maker.extension)
 
-    def run(self, way: str) -> None:
+    def run(self, kind: str) -> None:
         import comfy.cli_args
         import comfy.sample
         import latent_preview
         from comfy.patcher_extension import WrappersMP
 
         methods = latent_preview.LatentPreviewMethod
-        comfy.cli_args.args.preview_method = methods.NoPreviews if way == "none" else methods.Auto
+        comfy.cli_args.args.preview_method = methods.NoPreviews if kind == "none" else methods.Auto
         model = self._model.clone()
-        if way != "clip":
+        if kind != "animated":
             model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, "exvideo_preview")
         comfy.sample.sample(
             model, self._noise, self._steps, 1.0, "euler", "karras", *self._conds, self._latent, seed=0,

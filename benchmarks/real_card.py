@@ -1,9 +1,9 @@
-"""Seconds and memory on a CUDA card, for `benchmarks.cards --real`: each part in a process of its own.
+"""Seconds and memory on a CUDA card, for `benchmarks.cards --real`. Each part runs in a separate process.
 
-    comparison    one call of the UNet at full size: ours, the reference and a plain port, with the same random weights
-    stages        a clip from its first picture to its file, with ComfyUI's own loading
+    comparison    one full-size call of the UNet: ours, the reference and a plain port, with the same random weights
+    stages        a video from its first image to the file, with ComfyUI's model loading
 
-Each figure is in benchmarks/results/gpu/ as soon as it is made.
+Each result is written to benchmarks/results/gpu/ immediately.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from . import model_files
 
 GIB = 2**30
 PARTS = ("comparison", "stages")
-#: Seconds that a part is given to end by itself, before it is stopped.
+#: Seconds that a part may take to finish after the time limit, before it is stopped.
 _GRACE = 60
 _REPEATS = 3
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         try:
             codes.append(subprocess.run(command, timeout=max(ends - time.time(), 1) + _GRACE).returncode)
         except subprocess.TimeoutExpired:
-            print(f"{part}: stopped, as the time is over", flush=True)
+            print(f"{part}: stopped, time limit reached", flush=True)
             codes.append(1)
     return max(codes)
 
@@ -54,22 +54,22 @@ def main(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.py bench cards --real", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=4, help="after which nothing new begins")
-    parser.add_argument("--vram", type=float, metavar="GB", help="hold so much that only this is free")
+    parser.add_argument("--minutes", type=float, default=4, help="time limit after which no new measurement starts")
+    parser.add_argument("--vram", type=float, metavar="GB", help="allocate memory until only this much is free")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--sizes", nargs="+", default=["512x512", "576x1024", "1024x1024"], metavar="WIDTHxHEIGHT")
     parser.add_argument("--frames", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=3, help="of the sampler")
+    parser.add_argument("--steps", type=int, default=3, help="sampler steps")
     parser.add_argument("--loading", choices=["dynamic", "static"], default="dynamic")
-    parser.add_argument("--small", action="store_true", help="a narrow model and a short clip, to try this out")
-    parser.add_argument("--simulate", type=float, metavar="GB", help="on a simulated card of this size")
+    parser.add_argument("--small", action="store_true", help="use a narrow model and a short video, for a quick test")
+    parser.add_argument("--simulate", type=float, metavar="GB", help="use a simulated card of this size")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def _part(options: argparse.Namespace) -> int:
-    """One part, in this process."""
+    """Run one part in this process."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with _card(options):
         from . import in_process
@@ -82,7 +82,7 @@ def _part(options: argparse.Namespace) -> int:
         import torch
 
         if not torch.cuda.is_available():
-            print("bench cards --real needs a CUDA card: PyTorch finds none.", file=sys.stderr)
+            print("bench cards --real needs a CUDA card, but PyTorch has found none.", file=sys.stderr)
             return 1
         ballast = _hold_all_but(options.vram) if options.vram else None
         results = Results(options, loading)
@@ -92,7 +92,7 @@ def _part(options: argparse.Namespace) -> int:
 
 
 def _files(options: argparse.Namespace) -> tuple[Path, str]:
-    """Folder and kind of the files that the stages load."""
+    """Folder and kind of the model files."""
     kind = "small" if options.small else "random"
     return cache_folder() / f"benchmark_{kind}", kind
 
@@ -108,14 +108,14 @@ def _card(options: argparse.Namespace) -> AbstractContextManager[Any]:
 
 
 def _hold_all_but(gigabytes: float) -> Any:  # noqa: ANN401 - a tensor
-    """Take all memory of the card but this, and let ComfyUI see a card of that size."""
+    """Allocate all but the given amount of memory, and report a correspondingly smaller card to ComfyUI."""
     import torch
 
     information = torch.cuda.mem_get_info
     free, _ = information()
     size = int(free - gigabytes * GIB)
     if size <= 0:
-        raise SystemExit(f"The card has {free / GIB:.1f} GB free, which is less than {gigabytes:g}.")
+        raise SystemExit(f"Only {free / GIB:.1f} GB of the card are free, less than {gigabytes:g}.")
     held = torch.empty(size, dtype=torch.uint8, device="cuda")
 
     def smaller(device: Any = None) -> tuple[int, int]:  # noqa: ANN401 - PyTorch's
@@ -127,7 +127,7 @@ def _hold_all_but(gigabytes: float) -> Any:  # noqa: ANN401 - a tensor
 
 
 class Results:
-    """The file of a card; what other parts have written into it stays."""
+    """The results file of a card. Results of other parts are kept."""
 
     def __init__(self, options: argparse.Namespace, loading: str) -> None:
         import torch
@@ -153,7 +153,7 @@ class Results:
         }
 
     def add(self, **row: Any) -> None:  # noqa: ANN401 - any figures
-        """Write a row at once."""
+        """Add a row and write the file."""
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,15 +164,16 @@ class Results:
         part.replace(self._path)
 
     @property
-    def time_is_over(self) -> bool:
+    def out_of_time(self) -> bool:
+        """Whether the time limit is reached."""
         return time.time() > self._ends
 
 
 def _shown(options: argparse.Namespace) -> list[str]:
-    usual = vars(_parse([]))
+    defaults = vars(_parse([]))
     hidden = {"part", "ends"}
-    given = {key: value for key, value in vars(options).items() if key not in hidden and value != usual[key]}
-    texts = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in given.items()}
+    changed = {key: value for key, value in vars(options).items() if key not in hidden and value != defaults[key]}
+    texts = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in changed.items()}
     return [f"--{key}" if text is True else f"--{key} {text}" for key, text in texts.items()]
 
 
@@ -183,7 +184,7 @@ def _host_version() -> str:
 
 
 def _comparison(options: argparse.Namespace, results: Results) -> None:
-    """One call of the UNet at 512x512, without guidance."""
+    """Measure one call of the UNet at 512x512, without guidance."""
     import torch
 
     from . import card_meters, unets
@@ -191,16 +192,16 @@ def _comparison(options: argparse.Namespace, results: Results) -> None:
     kind, frames, size = ("narrow", 8, 16) if options.small else ("full", options.frames, 64)
     began = time.perf_counter()
     weights = unets.random_weights(kind, frames, torch.float16, device=torch.device("cuda"))
-    given = unets.Inputs.random(frames, size, torch.float16)
-    results.add(stage="weights made", seconds=time.perf_counter() - began)
-    truth: Any = None
-    for who in ("ours", "reference", "plain port", "ours, chunks of 128 MB", "ours, skips in RAM"):
-        if results.time_is_over:
-            results.add(stage=who, error="not begun: the time is over")
+    inputs = unets.Inputs.random(frames, size, torch.float16)
+    results.add(stage="generating weights", seconds=time.perf_counter() - began)
+    expected: Any = None
+    for who in ("ours", "reference", "plain port", "ours, chunks of 128 MB", "ours, skip connections in RAM"):
+        if results.out_of_time:
+            results.add(stage=who, error="not started: time limit reached")
             continue
         row: dict[str, Any] = {"stage": who, "frames": frames, "latents": size}
         try:
-            call = _unet_call(unets, who, weights, given)
+            call = _unet_call(unets, who, weights, inputs)
             with card_meters.CudaMeter() as meter:
                 began = time.perf_counter()
                 out = call()
@@ -208,33 +209,33 @@ def _comparison(options: argparse.Namespace, results: Results) -> None:
                 row["first_s"] = time.perf_counter() - began
                 row |= meter.read()
             if who == "ours":
-                truth = out.float()
-            elif truth is not None:
-                row["distance_from_ours"] = ((out.float() - truth).norm() / truth.norm()).item()
+                expected = out.float()
+            elif expected is not None:
+                row["distance_from_ours"] = ((out.float() - expected).norm() / expected.norm()).item()
             del out
             row["seconds"] = _repeated(call, unets.synchronize, results)
             if not options.simulate:
                 row["kernels"] = _kernels(call)
-        except Exception as error:  # noqa: BLE001 - the others' figures are worth having
+        except Exception as error:  # noqa: BLE001 - the other results are still useful
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         call = None
         unets.free()
         results.add(**row)
 
 
-def _unet_call(unets: Any, who: str, weights: Any, given: Any) -> Callable[[], Any]:  # noqa: ANN401 - a module
+def _unet_call(unets: Any, who: str, weights: Any, inputs: Any) -> Callable[[], Any]:  # noqa: ANN401 - a module
     if who == "reference":
         unet = unets.theirs(weights)
-        return lambda: unets.call_theirs(unet, given)
+        return lambda: unets.call_theirs(unet, inputs)
     chunks = 128 if "chunks" in who else 0
-    patched = unets.ours(weights, who == "plain port", chunk_megabytes=chunks, offload_skips="skips" in who)
-    return lambda: unets.call_ours(patched, given)
+    patched = unets.ours(weights, who == "plain port", chunk_megabytes=chunks, offload_skips="skip connections" in who)
+    return lambda: unets.call_ours(patched, inputs)
 
 
 def _repeated(call: Callable[[], Any], synchronize: Callable[[], None], results: Results) -> list[float]:
-    """Seconds of up to three calls, while there is time."""
+    """Seconds of up to three calls, within the time limit."""
     found: list[float] = []
-    while len(found) < _REPEATS and not (found and results.time_is_over):
+    while len(found) < _REPEATS and not (found and results.out_of_time):
         began = time.perf_counter()
         call()
         synchronize()
@@ -242,8 +243,8 @@ def _repeated(call: Callable[[], Any], synchronize: Callable[[], None], results:
     return found
 
 
-def _kernels(call: Callable[[], Any], most: int = 25) -> list[dict[str, Any]]:
-    """The kernels that take most of a call's time on the card."""
+def _kernels(call: Callable[[], Any], limit: int = 25) -> list[dict[str, Any]]:
+    """The kernels that take up most of a call's time on the card."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -251,33 +252,33 @@ def _kernels(call: Callable[[], Any], most: int = 25) -> list[dict[str, Any]]:
     events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
     return [
         {"kernel": event.key[:160], "calls": event.count, "ms": event.self_device_time_total / 1000}
-        for event in events[:most]
+        for event in events[:limit]
     ]
 
 
 def _stages(options: argparse.Namespace, results: Results) -> None:
-    """Clips of each size, with the settings that a user gets, or the first ones that fit."""
+    """Measure a video of each size, with default settings or the first ones that fit."""
     from . import card_meters, stages
 
     files = model_files.files(*_files(options))
     sizes = ["128x128"] if options.small else options.sizes
     for size in sizes:
         width, height = map(int, size.split("x"))
-        clip = stages.Clip(width, height, 16 if options.small else options.frames)
+        video = stages.Video(width, height, 16 if options.small else options.frames)
         with card_meters.CudaMeter() as meter:
             began = time.perf_counter()
-            run = stages.Run(files, clip, meter, options.steps)
-            results.add(size=size, stage="loading the files", seconds=time.perf_counter() - began)
+            run = stages.Run(files, video, meter, options.steps)
+            results.add(size=size, stage="loading", seconds=time.perf_counter() - began)
             for stage, name, settings in run.stages():
                 for setting in settings:
-                    if results.time_is_over:
-                        results.add(size=size, stage=name, error="not begun: the time is over")
+                    if results.out_of_time:
+                        results.add(size=size, stage=name, error="not started: time limit reached")
                         break
                     row = run.measure(stage, name, setting)
-                    results.add(size=size, frames=clip.frames, **asdict(row))
+                    results.add(size=size, frames=video.frames, **asdict(row))
                     if row.fits:
                         break
-        results.add(size=size, stage="latent is finite", finite=run.finite())
+        results.add(size=size, stage="finite latents", finite=run.finite())
         del run
 
 

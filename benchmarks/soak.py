@@ -1,12 +1,12 @@
-"""Hundreds of mixed prompts from two clients on one server, with cancellations and errors among them.
+"""Hundreds of mixed prompts from two clients on one server, including cancellations and errors.
 
     python run.py bench soak [--prompts 300] [--seed 0]
 
-A third of the prompts is cancelled or made to fail: cancelled after a random step, refused for wrong inputs, stopped by
-a bad file or impossible lengths, or by an exception (one in two an out-of-memory error) that a node injects into the
-middle of sampling. All others have to give to the bit what another server, that had seen nothing else, gave for them.
-Memory, files and threads are the server's, at the end against after a sixth of the prompts. Leak warnings are ComfyUI's
-own: a copy of a model is gone, and an entry of it is left.
+A third of the prompts is cancelled or fails: cancelled after a random step, rejected for invalid inputs, stopped by a
+bad file or invalid lengths, or by an exception that a node raises during sampling (half of them out-of-memory errors).
+All others must match, bit for bit, the results of a server that has run nothing else. Memory, files and threads of the
+server are compared between the end and after a sixth of the prompts. Leak warnings are ComfyUI's own: a copy of a model
+was deleted, but its entry remains.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ NODE_CLASS_MAPPINGS = {"SoakFault": SoakFault}
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and how it ends: `good` (as its kind), `cancelled`, `invalid`, or `error` on a node of that type."""
+    """A prompt and its expected result: `good`, `cancelled`, `invalid`, or `error` at a node of type `node_type`."""
 
     kind: str
     graph: Prompt
     expected: str
     node_type: str = ""
-    after: int = 0  # steps before it is cancelled
+    after: int = 0  # cancel after this number of steps
 
 
 def main() -> int:
@@ -84,7 +84,7 @@ def main() -> int:
     with _server(host) as server:
         references = {kind: _digest(server, server.run(make())) for kind, make in GOOD.items()}
     if len(set(references.values())) != len(references):
-        print("two kinds of prompt give the same result: nothing would be told apart", file=sys.stderr)
+        print("Two kinds of prompts have the same result, so mix-ups would go unnoticed.", file=sys.stderr)
         return 1
     cases = [_case(rng) for _ in range(options.prompts)]
     counts: Counter[str] = Counter()
@@ -130,7 +130,7 @@ def main() -> int:
 
 
 def _patched(node: str, frames: int = 8, steps: int = 2, **inputs: Any) -> Prompt:  # noqa: ANN401 - a node's inputs
-    """With one more node between ExVideoApply and the sampler."""
+    """The quickstart with another node between ExVideoApply and the sampler."""
     graph = quick(frames, steps)
     graph["4"]["inputs"]["model"] = ["more", 0]
     graph["more"] = {"class_type": node, "inputs": {"model": ["3", 0], **inputs}}
@@ -154,7 +154,7 @@ _names = itertools.count(1)
 
 
 def _new_extension() -> Prompt:
-    name = f"new{next(_names)}"  # else the host answers from its cache
+    name = f"new{next(_names)}"  # a new name, so that ComfyUI does not use its cache
     return {
         "1": {"class_type": "ExVideoCheckpointLoader", "inputs": {"ckpt_name": recipe.CHECKPOINT.name}},
         "2": {"class_type": "ExVideoInit", "inputs": {"model": ["1", 0], "frames": 30}},
@@ -164,29 +164,29 @@ def _new_extension() -> Prompt:
 
 
 GOOD: dict[str, Callable[[], Prompt]] = {
-    "clip": quick,
-    "longer clip": lambda: quick(40),
+    "video": quick,
+    "longer video": lambda: quick(40),
     "half strength": lambda: quick(ExVideoApply={"strength": 0.5}),
     "base": lambda: unpatched(quick()),
-    "windows in turn": lambda: _windows("sequential"),
-    "windows averaged": lambda: _windows("pyramid"),
-    "skips offloaded": lambda: _patched("ExVideoMemory", 12, chunk_megabytes=1, offload_skips=True),
+    "sequential windows": lambda: _windows("sequential"),
+    "averaged windows": lambda: _windows("pyramid"),
+    "skip connections in RAM": lambda: _patched("ExVideoMemory", 12, chunk_megabytes=1, offload_skips=True),
     "keyframes": _keyframes,
-    "into a file": lambda: to_file(quick()),
+    "saved to a file": lambda: to_file(quick()),
     "new extension": _new_extension,
 }
 BAD: dict[str, tuple[Callable[[], Prompt], str]] = {
-    "cut file": (lambda: quick(ExVideoLoader={"extension_name": "cut.safetensors"}), "ExVideoLoader"),
+    "truncated file": (lambda: quick(ExVideoLoader={"extension_name": "cut.safetensors"}), "ExVideoLoader"),
     "checkpoint as extension": (lambda: quick(ExVideoLoader={"extension_name": "base.safetensors"}), "ExVideoLoader"),
     "too many frames": (lambda: quick(129), "KSampler"),
-    "windows too long": (lambda: _patched("ExVideoWindows", 140, window_frames=130, overlap_frames=4,
+    "windows that are too long": (lambda: _patched("ExVideoWindows", 140, window_frames=130, overlap_frames=4,
                                           fuse="sequential", freenoise=False), "ExVideoWindows"),
     "outside the output folder": (lambda: to_file(quick(), filename_prefix="../clip"), "ExVideoSaveVideo"),
 }  # fmt: skip
 INVALID: dict[str, Callable[[], Prompt]] = {
-    "overlap as long as the chunk": lambda: quick(ExVideoDecode={"chunk_frames": 4, "overlap_frames": 4}),
+    "overlap as long as the segment": lambda: quick(ExVideoDecode={"chunk_frames": 4, "overlap_frames": 4}),
     "strength of 2": lambda: quick(ExVideoApply={"strength": 2.0}),
-    "file that is not there": lambda: quick(ExVideoLoader={"extension_name": "../../secret.safetensors"}),
+    "missing file": lambda: quick(ExVideoLoader={"extension_name": "../../secret.safetensors"}),
 }
 
 
@@ -211,7 +211,7 @@ def _case(rng: random.Random) -> Case:
 
 
 def _server(host: Host) -> Server:
-    """With bad files, and the node that fails."""
+    """A server with bad files and a node that fails."""
     server = Server(host)
     (server.base / "custom_nodes" / "soak_fault.py").write_text(FAULT, encoding="utf-8")
     content = recipe.EXTENSION.read_bytes()
@@ -221,7 +221,7 @@ def _server(host: Host) -> Server:
 
 
 def _run(server: Server, case: Case, references: dict[str, str]) -> str:
-    """What is wrong with how it ended, or nothing."""
+    """Run a case. Returns a description of the problem, or an empty string."""
     ids: list[str] = []
     cancelling: list[threading.Thread] = []
 
@@ -235,18 +235,18 @@ def _run(server: Server, case: Case, references: dict[str, str]) -> str:
         thread.join()
     ended = {"success": "good", "interrupted": "cancelled"}.get(result.status, result.status)
     if case.expected == "invalid" and ended == "error" and result.error["node_type"] == case.node_type:
-        return ""  # ComfyUI 0.3.64 finds out as it runs
+        return ""  # ComfyUI 0.3.64 checks this while running
     if ended != case.expected:
-        return f"ended as {result.status}: {result.error}"
+        return f"ended with {result.status}: {result.error}"
     if ended == "error" and result.error["node_type"] != case.node_type:
-        return f"failed on {result.error['node_type']}: {result.error['exception_message']}"
+        return f"failed at {result.error['node_type']}: {result.error['exception_message']}"
     if ended == "good" and _digest(server, result) != references[case.kind]:
-        return "gave another result than on a server that had seen nothing else"
+        return "differs from the result of a fresh server"
     return ""
 
 
 def _digest(server: Server, result: Result) -> str:
-    """Of what was made: pixels or tensors. The files are removed."""
+    """Hash of the resulting pixels or tensors. Deletes the files."""
     if result.status != "success":
         return f"{result.status}: {result.error}"
     digest = hashlib.sha256()
@@ -259,14 +259,14 @@ def _digest(server: Server, result: Result) -> str:
 
 
 def _content(path: Path) -> bytes:
-    """Without metadata, which hold the prompt."""
+    """Contents of a file, without the metadata, which contain the prompt."""
     if path.suffix == ".safetensors":
         return path.read_bytes()
     if path.suffix == ".png":
         from PIL import Image
 
-        with Image.open(path) as picture:
-            return picture.tobytes()
+        with Image.open(path) as image:
+            return image.tobytes()
     import av
 
     with av.open(str(path)) as container:

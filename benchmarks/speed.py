@@ -1,4 +1,6 @@
-"""One call of the UNet, ours in the host against the reference's: the same weights and input, alternating in one run.
+"""Time of one UNet call, in ComfyUI with this pack and in the reference, with the same weights and inputs.
+
+The two alternate.
 
 python run.py bench speed [--frames 40] [--size 16] [--width narrow] [--repeats 7]
 """
@@ -19,30 +21,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--frames", type=int, default=40)
-    parser.add_argument("--size", type=int, default=16, help="of the latents, width and height")
-    parser.add_argument("--width", choices=list(unets.MULTIPLES), default="narrow", help="of the UNet's levels")
+    parser.add_argument("--size", type=int, default=16, help="height and width of the latents")
+    parser.add_argument("--width", choices=list(unets.MULTIPLES), default="narrow", help="widths of the UNet")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="on a CPU (default: PyTorch's)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
     weights = unets.random_weights(options.width, max(options.frames, 8), dtype)
     patched, unet = unets.ours(weights), unets.theirs(weights)
-    given = unets.Inputs.random(options.frames, options.size, dtype)
-    ours, theirs = unets.call_ours(patched, given), unets.call_theirs(unet, given)  # also warms up
+    inputs = unets.Inputs.random(options.frames, options.size, dtype)
+    ours, theirs = unets.call_ours(patched, inputs), unets.call_theirs(unet, inputs)  # also warms up
     error = ((ours - theirs).norm() / theirs.norm()).item()
     times: list[tuple[float, float]] = []
     for repeat in range(options.repeats):
-        mine = _seconds(lambda: unets.call_ours(patched, given))
-        times.append((mine, _seconds(lambda: unets.call_theirs(unet, given))))
-        print(f"{repeat + 1}/{options.repeats}: ours {times[-1][0]:.2f} s, theirs {times[-1][1]:.2f} s", flush=True)
-    mine, others = np.array(times).T
-    ratios = mine / others
+        seconds = _seconds(lambda: unets.call_ours(patched, inputs))
+        times.append((seconds, _seconds(lambda: unets.call_theirs(unet, inputs))))
+        print(f"{repeat + 1}/{options.repeats}: ours {times[-1][0]:.2f} s, reference {times[-1][1]:.2f} s", flush=True)
+    our_times, reference_times = np.array(times).T
+    ratios = our_times / reference_times
     low, median, high = np.percentile(ratios, [25, 50, 75])
     row = {
         "width": options.width, "frames": options.frames, "latents": options.size, "dtype": str(dtype),
-        "ours_s": float(np.median(mine)), "reference_s": float(np.median(others)), "ratio": float(median),
+        "ours_s": float(np.median(our_times)), "reference_s": float(np.median(reference_times)), "ratio": float(median),
         "ratio_quartiles": [float(low), float(high)], "relative_error": error, "repeats": options.repeats,
     }  # fmt: skip
     print(f"ratio {median:.3f} ({low:.3f} to {high:.3f}), relative error {error:.1e}")

@@ -1,6 +1,6 @@
-"""The stages of a clip in ComfyUI, one by one in this process, each with what it takes of the card.
+"""Runs the stages of a video in ComfyUI in this process, and measures each stage's memory on the card.
 
-Needs `in_process.set_up` first.
+Call `in_process.set_up` first.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ CONDITION, SAMPLE, DECODE, SAVE = "conditioning", "sampling", "decode", "decode 
 
 
 class Meter(Protocol):
-    """Reads a card's memory."""
+    """Measures a card's memory."""
 
     def begin(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         ...
 
     def read(self) -> dict[str, float]:
-        """Figures since `begin`."""
+        """Measurements since `begin`, in GiB."""
         ...
 
     def copied(self) -> int:
-        """Bytes copied to the card so far, as far as they are counted."""
+        """Bytes copied to the card so far, or 0 if they are not counted."""
         ...
 
 
 @dataclass(frozen=True)
-class Clip:
-    """Pixels and frames."""
+class Video:
+    """Size of a video: width and height in pixels, and number of frames."""
 
     width: int
     height: int
@@ -50,16 +50,18 @@ class Clip:
 
     @property
     def size(self) -> str:
+        """Width x height."""
         return f"{self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a sampler's model; the first of `SAMPLING` are what a user gets without any node of ours.
+    """Settings for sampling. The first of `SAMPLING` are the defaults.
 
     Attributes:
-        offload_skips, chunk_megabytes: of ExVideo Memory.
-        tile: width and height in pixels of ExVideo Tiles; 0: whole pictures.
+        name: name in the results.
+        offload_skips, chunk_megabytes: settings of ExVideo Memory.
+        tile: tile width and height of ExVideo Tiles in pixels, or 0 for no tiles.
     """
 
     name: str
@@ -70,35 +72,38 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Settings of ExVideo Decode; the first of `DECODING` are its defaults."""
+    """Settings of ExVideo Decode. The first of `DECODING` are its defaults."""
 
     name: str
     chunk_frames: int
     overlap_frames: int
 
 
-#: In the order in which they are tried.
+#: Settings in the order in which they are tried.
 SAMPLING = (
     Sampling("defaults"),
-    Sampling("skips in RAM", True),
-    Sampling("skips in RAM, chunks of 32 MB", True, 32),
-    Sampling("skips in RAM, chunks of 32 MB, tiles of 512", True, 32, 512),
+    Sampling("skip connections in RAM", True),
+    Sampling("skip connections in RAM, chunks of 32 MB", True, 32),
+    Sampling("skip connections in RAM, chunks of 32 MB, tiles of 512", True, 32, 512),
 )
 DECODING = (
     Decoding("defaults", 24, 12),
-    Decoding("chunks of 8 frames", 8, 4),
-    Decoding("chunks of 4 frames", 4, 2),
+    Decoding("segments of 8 frames", 8, 4),
+    Decoding("segments of 4 frames", 4, 2),
 )
 
 
 @dataclass
 class Row:
-    """What a stage took.
+    """Measurements of a stage.
 
     Attributes:
-        error: what it failed with.
-        figures: of the meter.
-        weights: GiB on the card and in all of each model.
+        stage: name of the stage.
+        setting: name of its settings.
+        error: the exception, if it failed.
+        seconds: run time.
+        figures: measurements of the meter.
+        weights: GiB on the card and total GiB of each model.
     """
 
     stage: str
@@ -110,75 +115,81 @@ class Row:
 
     @property
     def fits(self) -> bool:
+        """Whether the stage succeeded."""
         return self.error is None
 
 
 class Run:
-    """A clip in the making.
+    """The stages of one video.
 
     Args:
-        steps: of the sampler, with two conditions each.
-        first_chunk_only: decode as many frames as one chunk has: further ones need no more of the card.
+        files: checkpoint and extension.
+        video: size of the video.
+        meter: measures the card's memory.
+        steps: sampler steps, with two conditions each.
+        first_segment_only: decode only one segment; further ones do not need more memory.
     """
 
-    def __init__(self, files: Files, clip: Clip, meter: Meter, steps: int = 1, first_chunk_only: bool = False) -> None:
+    def __init__(
+        self, files: Files, video: Video, meter: Meter, steps: int = 1, first_segment_only: bool = False
+    ) -> None:
         from exvideo_core.comfyui.apply.patch import apply_extension
         from exvideo_core.comfyui.checkpoint.load import load_checkpoint
         from exvideo_core.method.extension import Extension
 
-        self._clip, self._meter, self._steps, self._first_chunk_only = clip, meter, steps, first_chunk_only
+        self._video, self._meter, self._steps, self._first_segment_only = video, meter, steps, first_segment_only
         model, self._clip_vision, self._vae = load_checkpoint(str(files.checkpoint))
         self._model = apply_extension(model, Extension.load(str(files.extension)))
-        self._latent = torch.zeros(clip.frames, 4, clip.height // 8, clip.width // 8)
+        self._latent = torch.zeros(video.frames, 4, video.height // 8, video.width // 8)
         self._conditions: Any = None
-        self._of_calls: dict[str, float] = {}
+        self._call_figures: dict[str, float] = {}
 
     def stages(self) -> Iterable[tuple[Callable[[Any], None], str, tuple[Any, ...]]]:
-        """Each stage with its name and the settings to try."""
+        """(function, name, settings to try) of each stage."""
         yield self._condition, CONDITION, (Sampling("defaults"),)
-        tiles_help = max(self._clip.width, self._clip.height) > 512
+        tiles_help = max(self._video.width, self._video.height) > 512
         yield self._sample, SAMPLE, tuple(setting for setting in SAMPLING if tiles_help or not setting.tile)
         yield self._decode, DECODE, DECODING
-        if self._first_chunk_only:
+        if self._first_segment_only:
             return
         if importlib.util.find_spec("av") is None:
-            logging.warning("av is not installed: no video file is written")
+            logging.warning("av is not installed, so no video file is written.")
         else:
             yield self._save, SAVE, DECODING
 
     def measure(self, stage: Callable[[Any], None], name: str, setting: Any) -> Row:  # noqa: ANN401 - of a stage
-        """Run a stage with a setting."""
+        """Run a stage with a setting. Errors are recorded in the row."""
         row = Row(name, setting.name)
-        self._of_calls = {}
+        self._call_figures = {}
         self._meter.begin()
         began = time.perf_counter()
         out_of_memory = False
         try:
             with torch.inference_mode():
                 stage(setting)
-        except Exception as error:  # noqa: BLE001 - figures of the other stages are worth having
+        except Exception as error:  # noqa: BLE001 - the other stages' results are still useful
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             row.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         row.seconds = time.perf_counter() - began
-        row.figures = self._meter.read() | self._of_calls
+        row.figures = self._meter.read() | self._call_figures
         loaded = in_process.weights_loaded()
-        row.weights = {model: (here / GIB, whole / GIB) for model, (here, whole) in loaded.items()}
+        row.weights = {model: (on_card / GIB, total / GIB) for model, (on_card, total) in loaded.items()}
         in_process.end_of_node(out_of_memory)
         return row
 
     def _condition(self, _: Any) -> None:  # noqa: ANN401 - has no settings
         from exvideo_core.comfyui.vae.conditioning import encode_conditioning
 
-        clip = self._clip
+        video = self._video
         generator = torch.Generator().manual_seed(0)
-        picture = torch.rand(1, clip.height, clip.width, 3, generator=generator)
+        image = torch.rand(1, video.height, video.width, 3, generator=generator)
         self._conditions = encode_conditioning(
-            self._clip_vision, self._vae, picture, width=clip.width, height=clip.height, fps=30,
+            self._clip_vision, self._vae, image, width=video.width, height=video.height, fps=30,
             motion_bucket_id=127, noise_aug_strength=0.02, seed=0,
         )  # fmt: skip
 
     def _sample(self, setting: Sampling) -> None:
-        """KSampler as in the pack's workflows, but for the number of steps."""
+        """Sample like KSampler in the pack's workflows, except for the number of steps."""
         import comfy.sample
 
         from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
@@ -191,7 +202,7 @@ class Run:
         if setting.tile:
             model = with_tiles(model, TileSettings(setting.tile // 8, setting.tile // 8, 16))
         model = _linear_guidance(model).clone()
-        model.set_model_unet_function_wrapper(self._watched)
+        model.set_model_unet_function_wrapper(self._measured_call)
         noise = comfy.sample.prepare_noise(self._latent, 0)
         positive, negative = self._conditions
         self._latent = comfy.sample.sample(
@@ -199,23 +210,23 @@ class Run:
             seed=0,
         )  # fmt: skip
 
-    def _watched(self, apply: Callable[..., torch.Tensor], given: dict[str, Any]) -> torch.Tensor:
-        """A call of the model by the host's sampler; figures of the last one stay."""
+    def _measured_call(self, apply: Callable[..., torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        """Model function wrapper that measures each call; the last one's measurements are kept."""
         _synchronize()
         began, before = time.perf_counter(), self._meter.copied()
-        out = apply(given["input"], given["timestep"], **given["c"])
+        out = apply(arguments["input"], arguments["timestep"], **arguments["c"])
         _synchronize()
-        self._of_calls = {
+        self._call_figures = {
             "call_seconds": time.perf_counter() - began,
             "call_copied_gib": (self._meter.copied() - before) / GIB,
-            "call_conditions": len(given["cond_or_uncond"]),
+            "call_conditions": len(arguments["cond_or_uncond"]),
         }
         return out
 
     def _decode(self, setting: Decoding) -> None:
         from exvideo_core.comfyui.vae.decode import decode
 
-        latent = self._latent[: setting.chunk_frames] if self._first_chunk_only else self._latent
+        latent = self._latent[: setting.chunk_frames] if self._first_segment_only else self._latent
         decode(self._vae, latent, setting.chunk_frames, setting.overlap_frames, "smooth")
         _synchronize()
 
@@ -230,16 +241,16 @@ class Run:
                 writer.add((frames * 255).round().clamp(0, 255).byte().cpu().numpy())
 
     def finite(self) -> bool:
-        """Whether the sampled clip has only finite numbers."""
+        """Whether all sampled latents are finite."""
         return math.isfinite(self._latent.abs().max().item())
 
 
 def _linear_guidance(model: Any) -> Any:  # noqa: ANN401 - a ModelPatcher
-    """The host's VideoLinearCFGGuidance, if its nodes can be imported: they ask for more packages than its models."""
+    """Apply ComfyUI's VideoLinearCFGGuidance, if its module can be imported: it needs additional packages."""
     try:
         from comfy_extras.nodes_video_model import VideoLinearCFGGuidance
     except ImportError as error:
-        logging.warning("without VideoLinearCFGGuidance: %s", error)
+        logging.warning("VideoLinearCFGGuidance is not used: %s", error)
         return model
     return VideoLinearCFGGuidance().patch(model, 2.0)[0]
 

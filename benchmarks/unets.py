@@ -1,4 +1,4 @@
-"""The UNets that are compared: ours in the host, and the reference's, with the same random weights."""
+"""The UNets to compare: ours in ComfyUI and the reference's, with the same random weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import comfy.cli_args  # noqa: E402
 
 if not torch.cuda.is_available():
     comfy.cli_args.args.cpu = True
-    # What the host takes on a GPU without asking, and the reference everywhere.
+    # ComfyUI's default on GPUs, and the reference's everywhere.
     comfy.cli_args.args.use_pytorch_cross_attention = True
 
 import comfy.model_management  # noqa: E402
@@ -41,8 +41,8 @@ from exvideo_core.method.extension import Extension  # noqa: E402
 from . import plain_port  # noqa: E402
 
 CONTEXT = 1024
-#: Channel multiples of the levels: SVD's own, and one width for all, in which the first level's share of the work is
-#: that of a large picture although the picture is small.
+#: Channel multiples of the levels: SVD's, and equal widths, with which the first level's share of the work at a small
+#: size is as high as SVD's at a large size.
 MULTIPLES = {"full": [1, 2, 4, 4], "narrow": [1, 1, 1, 1]}
 
 
@@ -53,7 +53,7 @@ def _config(kind: str) -> comfy.supported_models.SVD_img2vid:
 
 
 def reference_module(kind: str) -> types.ModuleType:
-    """The reference's UNet module, every level 320 wide where `kind` is narrow."""
+    """The reference's UNet module. If `kind` is "narrow", all levels are patched to 320 channels."""
     module = reference.module("models.svd_unet")
     if kind == "full":
         return module
@@ -72,7 +72,7 @@ def reference_module(kind: str) -> types.ModuleType:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of a base and an extension, named as published."""
+    """Weights of a base and an extension, with their published names."""
 
     kind: str
     base: dict[str, torch.Tensor]
@@ -80,7 +80,7 @@ class Weights:
 
 
 def shapes(kind: str, frames: int) -> tuple[dict[str, torch.Size], dict[str, tuple[int, ...]]]:
-    """Of a base's and an extension's tensors."""
+    """Shapes of the tensors of a base and an extension."""
     config = _config(kind)
     config.set_inference_dtype(torch.float32, None)
     state = config.get_model({}, device="meta").diffusion_model.state_dict()
@@ -92,7 +92,7 @@ def shapes(kind: str, frames: int) -> tuple[dict[str, torch.Size], dict[str, tup
 def random_weights(
     kind: str, frames: int, dtype: torch.dtype, seed: int = 0, device: torch.device | None = None
 ) -> Weights:
-    """Weights in RAM, made on a device: a GPU needs a second for what takes a CPU a minute."""
+    """Random weights in RAM, generated on `device`: a GPU takes a second, a CPU a minute."""
     generator = torch.Generator().manual_seed(seed) if device is None else None
     prefix = len("model.diffusion_model.")
     found = shapes(kind, frames)[0]
@@ -108,10 +108,13 @@ def random_weights(
 def ours(
     weights: Weights, plain: bool = False, chunk_megabytes: int = 0, offload_skips: bool = False, fake: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    """The host's model with the extension applied, loaded; a plain port of the reference's layers if asked for.
+    """ComfyUI's model with the extension applied and loaded.
 
     Args:
-        fake: weights hold no values and cannot be moved, so only the layers are put in.
+        weights: weights of base and extension.
+        plain: use the plain port instead of this pack.
+        chunk_megabytes, offload_skips: settings of ExVideo Memory.
+        fake: weights have no data and cannot be moved, so that only the layers are replaced.
     """
     from exvideo_core.comfyui.apply.patch import apply_extension
     from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
@@ -143,16 +146,16 @@ def theirs(weights: Weights) -> torch.nn.Module:
     module = reference_module(weights.kind)
     frames = weights.extension["blocks.7.positional_embedding.embeddings"].shape[0]
     device = comfy.model_management.get_torch_device()
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(next(iter(weights.base.values())).dtype)  # fake weights cannot be converted afterwards
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(next(iter(weights.base.values())).dtype)  # fake weights cannot be converted later
     try:
         with torch.device(device):
             unet = module.SVDUNet(add_positional_conv=frames).eval().requires_grad_(False)
     finally:
-        torch.set_default_dtype(usual)
+        torch.set_default_dtype(default)
     state = module.SVDUNet.state_dict_converter().from_civitai(dict(weights.base))
     unet.load_state_dict({**state, **weights.extension})
-    for module in unet.modules():  # its mixing factors are made on the CPU, whatever the default device
+    for module in unet.modules():  # the reference always creates mixing factors on the CPU
         for name, value in module.named_parameters(recurse=False):
             if value.device != device:
                 setattr(module, name, torch.nn.Parameter(value.to(device), requires_grad=False))
@@ -161,7 +164,7 @@ def theirs(weights: Weights) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one call: sample [T, 8, H, W], context [1, 1, D], micro-conditioning [1, 3]."""
+    """Inputs of one call: sample [T, 8, H, W], context [1, 1, D], micro-conditioning [1, 3]."""
 
     sample: torch.Tensor
     context: torch.Tensor
@@ -180,43 +183,52 @@ class Inputs:
 @torch.no_grad()
 def call_ours(
     patched: comfy.model_patcher.ModelPatcher,
-    given: Inputs,
+    inputs: Inputs,
     embedded: torch.Tensor | None = None,
     conditions: int = 1,
 ) -> Any:  # noqa: ANN401
-    """One call of the host's UNet, with the wrappers that the host's sampler would run."""
-    frames = len(given.sample)
+    """Call ComfyUI's UNet with the wrappers that its samplers run.
+
+    Args:
+        patched: a loaded model.
+        inputs: inputs of the call.
+        embedded: embedded micro-conditioning (default: computed from the inputs).
+        conditions: number of conditions in the batch.
+    """
+    frames = len(inputs.sample)
     if embedded is None:
-        embedded = torch.cat([patched.model.embedder(value[None]) for value in given.ids[0]], dim=1)
+        embedded = torch.cat([patched.model.embedder(value[None]) for value in inputs.ids[0]], dim=1)
     options = {
         **patched.model_options.get("transformer_options", {}),
         "wrappers": patched.wrappers,
         "cond_or_uncond": [1, 0] if conditions == 2 else [0] * conditions,
-        "original_shape": list(given.sample.shape),
+        "original_shape": list(inputs.sample.shape),
     }
     count = conditions * frames
     return patched.model.diffusion_model(
-        given.sample.repeat(conditions, 1, 1, 1),
-        torch.full((count,), 0.7, device=given.sample.device),
-        context=given.context.expand(count, -1, -1),
-        y=embedded.to(given.sample).expand(count, -1),
+        inputs.sample.repeat(conditions, 1, 1, 1),
+        torch.full((count,), 0.7, device=inputs.sample.device),
+        context=inputs.context.expand(count, -1, -1),
+        y=embedded.to(inputs.sample).expand(count, -1),
         num_video_frames=frames,
         transformer_options=options,
     )
 
 
 @torch.no_grad()
-def call_theirs(unet: torch.nn.Module, given: Inputs) -> torch.Tensor:
-    return unet(given.sample, 0.7, given.context[0], given.ids)
+def call_theirs(unet: torch.nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Call the reference's UNet."""
+    return unet(inputs.sample, 0.7, inputs.context[0], inputs.ids)
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def free() -> None:
-    """Give the memory of models that nobody holds any more back to the device."""
+    """Free the memory of unused models."""
     comfy.model_management.unload_all_models()
     gc.collect()
     comfy.model_management.soft_empty_cache()

@@ -1,11 +1,12 @@
-"""Work of one call of the full-size UNet as a card gets it, counted without computing.
+"""Work of one full-size UNet call on a card, counted without computing.
 
     python run.py bench work [--frames 128] [--size 64] [--chunk-megabytes 128 512] [--by-operator 12]
 
-fp16, one condition. For ours, the reference and a plain port into the host: floating-point operations (two a
-multiply-add), bytes that operators read and write, and calls of operators, followed with PyTorch's fake tensors on a
-CUDA device. Caches are not modelled: what one operator writes and the next reads counts twice. Layout: what PyTorch and
-cuDNN are estimated to move besides, to compute convolutions in channels last.
+Counts floating-point operations (two per multiply-add), bytes that operators read and write, and operator calls, in
+fp16 with one condition, for this pack, the reference and a plain port to ComfyUI, using PyTorch's fake tensors on a
+CUDA device. Caches are not modeled: data that one operator writes and the next one reads counts twice. Layout
+conversions are an estimate of what PyTorch and cuDNN additionally read and write to compute convolutions in channels
+last.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench work", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--frames", type=int, default=128)
-    parser.add_argument("--size", type=int, default=64, help="of the latents, width and height")
-    parser.add_argument("--chunk-megabytes", type=int, nargs="+", default=[128, 512], help="chunks of ours")
-    parser.add_argument("--by-operator", type=int, default=12, help="operators to list for each (0: none)")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the latents")
+    parser.add_argument("--chunk-megabytes", type=int, nargs="+", default=[128, 512], help="chunk sizes of this pack")
+    parser.add_argument("--by-operator", type=int, default=12, help="number of operators to list (0: none)")
     options = parser.parse_args()
     makers = [("ours", size) for size in options.chunk_megabytes] + [("reference", 0), ("plain port", 0)]
     rows, operators = [], []
@@ -55,22 +56,23 @@ def _figures(work: Work) -> dict[str, Any]:
             "calls": total.calls}  # fmt: skip
 
 
-def _by_operator(work: Work, most: int) -> list[dict[str, Any]]:
-    """The operators that move most, and the others together."""
+def _by_operator(work: Work, limit: int) -> list[dict[str, Any]]:
+    """The operators that read and write most."""
     ordered = sorted(work.by_operator.items(), key=lambda item: -item[1].moved)
     return [
         {"operator": name, "calls": total.calls, "gib_read": total.read / GIB, "gib_written": total.written / GIB}
-        for name, total in ordered[:most]
+        for name, total in ordered[:limit]
     ]
 
 
 def count(maker: str, frames: int, size: int, chunk_megabytes: int) -> Work:
-    """Work of one call.
+    """Count the work of one call.
 
     Args:
-        maker: ours, reference or plain port.
-        size: of the latents.
-        chunk_megabytes: as of ExVideo Memory, for ours.
+        maker: "ours", "reference" or "plain port".
+        frames: number of frames.
+        size: height and width of the latents.
+        chunk_megabytes: setting of ExVideo Memory, for "ours".
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -85,15 +87,15 @@ def count(maker: str, frames: int, size: int, chunk_megabytes: int) -> Work:
         weights = unets.Weights("full", base, extension)
         sample = torch.empty(frames, 8, size, size, dtype=torch.float16, device=CARD)
         context = torch.empty(1, 1, unets.CONTEXT, dtype=torch.float16, device=CARD)
-        given = unets.Inputs(sample, context, torch.empty(1, 3, device=CARD))
+        inputs = unets.Inputs(sample, context, torch.empty(1, 3, device=CARD))
         call: Callable[[], Any]
         if maker == "reference":
             unet = unets.theirs(weights)
-            call = lambda: unets.call_theirs(unet, given)  # noqa: E731
+            call = lambda: unets.call_theirs(unet, inputs)  # noqa: E731
         else:
             patched = unets.ours(weights, maker == "plain port", chunk_megabytes, fake=True)
             embedded = torch.empty(1, 768, dtype=torch.float16, device=CARD)
-            call = lambda: unets.call_ours(patched, given, embedded)  # noqa: E731
+            call = lambda: unets.call_ours(patched, inputs, embedded)  # noqa: E731
         work = Work()
         with work, CardKernels(work):
             call()
