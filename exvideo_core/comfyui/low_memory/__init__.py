@@ -1,1 +1,1 @@
-"""The UNet's and VAE's layers with bounded memory, and what ComfyUI is told of it."""
+"""The UNet's and VAE's layers with bounded memory, and their memory estimate for ComfyUI."""

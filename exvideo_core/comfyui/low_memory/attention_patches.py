@@ -17,12 +17,12 @@ from typing import Any
 _EVERY_BLOCK = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
 _ONE_BLOCK = ("attn1", "attn2")
 #: ComfyUI's own nodes whose patches look at single tokens, or at the tokens of one image, of every condition alike.
-#: They may be given a part of the batch, as long as it holds all conditions.
+#: They accept a part of the batch, as long as it contains all conditions.
 _CHUNKABLE_NODES = frozenset({"nodes_nag", "nodes_hypertile", "nodes_tomesd", "nodes_hypernetwork", "nodes_pag"})
 
 
 class PatchScope(enum.Enum):
-    """How much of a block's batch its patches have to be given at once."""
+    """How much of a block's batch its patches need at once."""
 
     NONE = enum.auto()
     CHUNK = enum.auto()
@@ -49,7 +49,7 @@ def widest_scope(options: Mapping[str, Any]) -> PatchScope:
 
 
 def needs_all_conditions(options: Mapping[str, Any]) -> bool:
-    """Whether a patch tells the conditions of a batch apart, as Normalized Attention Guidance does.
+    """Whether a patch distinguishes the conditions of a batch, as Normalized Attention Guidance does.
 
     Such a patch has no effect unless all conditions are in one batch.
     """

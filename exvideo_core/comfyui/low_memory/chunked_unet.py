@@ -98,7 +98,7 @@ class _ChunkedUNet:
         with limit_chunks(self._settings.chunk_bytes(x.device)):
             return executor(x, timesteps, context, y, control, options, **rest)
 
-    def outer_sample(self, executor: Any, noise: torch.Tensor, *given: Any, **named: Any) -> Any:  # noqa: ANN401
+    def outer_sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """OUTER_SAMPLE wrapper: refuses empty latents, and frees the buffers when the sampling ends."""
         if 0 in noise.shape:
             raise ValueError(
@@ -106,7 +106,7 @@ class _ChunkedUNet:
                 "sampler a latent of at least 1 frame, such as that of ExVideo Conditioning."
             )
         try:
-            return executor(noise, *given, **named)
+            return executor(noise, *args, **kwargs)
         finally:
             self._buffers.clear()
             self.estimate.reset()

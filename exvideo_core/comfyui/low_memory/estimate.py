@@ -1,4 +1,4 @@
-"""How much memory a call of an extended UNet needs, as ComfyUI is told before it samples."""
+"""Estimates the memory of a call of an extended UNet, by which ComfyUI frees memory before sampling."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .budget import DEFAULT_CHUNK_BYTES, MEGABYTE
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-#: Feature maps of full size and of the UNet's first width that a call holds at its widest point, the first block of the
-#: last level: its input of twice the width, its output, and, unless they are offloaded, three skip connections.
+#: Feature maps of full size and of the UNet's first width at a call's peak, in the first block of the last level: its
+#: input of twice the width, its output, and, unless they are offloaded, three skip connections.
 _MAPS, _SKIP_MAPS = 3, 3
-#: How many more a call holds where a transformer block is not computed in chunks (ComfyUI's feed-forward holds up to 17
-#: times its input, besides the input, its norm and the result), where a patch changes skip connections (FreeU_V2's
-#: Fourier transforms), and where ControlNets add to them (each is then concatenated at once, to twice the width).
+#: Additional maps if a transformer block is not computed in chunks (ComfyUI's feed-forward needs up to 17 times its
+#: input, plus the input, its norm and the result), if a patch changes skip connections (FreeU_V2's Fourier transforms),
+#: and if ControlNets add to them (each is then concatenated as a whole, to twice the width).
 _WHOLE_BLOCK_MAPS, _PATCHED_SKIP_MAPS, _CONTROLLED_SKIP_MAPS = 20, 8, 2
 #: Chunk-sized intermediates that exist at once.
 _CHUNKS = 4
@@ -82,10 +82,10 @@ class MemorySettings:
 
 
 class Estimate:
-    """Replaces `BaseModel.memory_required`, only for as long as ComfyUI asks.
+    """Replaces `BaseModel.memory_required` while ComfyUI calls it.
 
-    A function that stayed on the model would be one more thing for other patches to trip over. Holds no patcher, which
-    would keep alive the model that keeps this estimate.
+    A permanent replacement could conflict with other patches. The estimate does not refer to a patcher, because this
+    would keep the model alive, which in turn keeps this estimate.
 
     Args:
         channels, itemsize: of the UNet's first level.
@@ -124,7 +124,7 @@ class Estimate:
         if whole_blocks and not self._logged:
             self._logged = True
             logging.info(
-                "Another node's attention patch needs whole transformer blocks, which are then not computed in chunks: "
+                "Another node's attention patch needs whole transformer blocks, so they are not computed in chunks: "
                 "each call needs about %.1f GB.",
                 required(noise_shape) / 2**30,
             )

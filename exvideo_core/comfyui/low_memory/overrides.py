@@ -20,14 +20,14 @@ def is_plain_layer(layer: torch.nn.Module) -> bool:
     """Whether a layer is one of ComfyUI's linear, convolution or norm layers, unmodified.
 
     Only then may it be computed from its weight and bias. Any other layer has to be called as a module: its `forward`
-    may be replaced (bypass LoRAs), it may have hooks, a scale beside its weight (0.3.64's scaled fp8), or weights that
+    may be replaced (bypass LoRAs), it may have hooks, a separate scale (0.3.64's scaled fp8), or weights that
     only its class can read (ComfyUI-GGUF).
     """
     if _has_hooks(layer) or getattr(layer, "scale_weight", None) is not None:
         return False
-    host = next((kind for kind in _PLAIN_LAYERS if isinstance(layer, kind)), None)
-    return host is not None and all(
-        getattr(type(layer), method, None) is getattr(host, method, None) for method in _METHODS
+    plain = next((kind for kind in _PLAIN_LAYERS if isinstance(layer, kind)), None)
+    return plain is not None and all(
+        getattr(type(layer), method, None) is getattr(plain, method, None) for method in _METHODS
     )
 
 

@@ -155,7 +155,7 @@ def add_spatial_residual(
     widest = max(channels, second[1].out_channels)
     ranges = chunk_ranges(count, height * width * 3 * widest * x.dtype.itemsize)
     (_, conv), (_, last) = first, second
-    # On a GPU a convolution's bias is a pass of its own: it is added to what is added anyway.
+    # On a GPU, adding a convolution's bias is a separate pass, so it is merged into another addition.
     first_bias, bias = weights.bias_of(conv), weights.bias_of(last)
     if shift is not None:
         shift, first_bias = _add(shift, first_bias)[:, :, None, None], None

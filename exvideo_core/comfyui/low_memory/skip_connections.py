@@ -17,7 +17,7 @@ from .host_buffers import HostBuffers
 class SkipConnection:
     """The tensor of a skip connection [N, C, H, W], kept on its device or in host memory.
 
-    On a GPU, copies run on a stream of their own, alongside the computation.
+    On a GPU, copies run on a separate stream, in parallel with the computation.
 
     Args:
         tensor: the tensor.

@@ -1,6 +1,6 @@
-"""Conditions of a part of a video: of a window of its frames, or of a tile of its images.
+"""Conditions of a part of a video: a window of its frames, or a tile of its images.
 
-Everything that belongs to a frame or a place is sliced along: conditioning tensors, masks, areas, GLIGEN's boxes,
+Everything that refers to frames or positions is sliced along: conditioning tensors, masks, areas, GLIGEN's boxes and
 ControlNets' hints.
 """
 
@@ -84,15 +84,15 @@ class Tile:
     """A tile of the images, in latent pixels.
 
     Attributes:
-        top, left, height, width: of the tile.
-        whole: height and width of the image.
+        top, left, height, width: position and size of the tile.
+        image_size: height and width of the image.
     """
 
     top: int
     left: int
     height: int
     width: int
-    whole: tuple[int, int]
+    image_size: tuple[int, int]
 
     def crop(self, tensor: torch.Tensor, scale: int = 1) -> torch.Tensor:
         """The tile's view of a tensor [..., H, W], of `scale` times the image's size."""
@@ -103,7 +103,7 @@ class Tile:
         """A condition of the tile, after ComfyUI has encoded it; None if its area lies outside of the tile."""
 
         def crop(value: Any) -> Any:  # noqa: ANN401
-            fits = torch.is_tensor(value) and value.ndim > 2 and tuple(value.shape[-2:]) == self.whole
+            fits = torch.is_tensor(value) and value.ndim > 2 and tuple(value.shape[-2:]) == self.image_size
             return self.crop(value) if fits else value
 
         found = {name: crop(value) for name, value in condition.items()}
@@ -117,8 +117,8 @@ class Tile:
             found["area"] = area
         if condition.get("gligen") is not None:
             kind, model, boxes = condition["gligen"]
-            placed = [(box[0], self._intersect(*box[1:])) for box in boxes]
-            found["gligen"] = kind, model, [(given, *place) for given, place in placed if place is not None]
+            cropped = [(box[0], self._intersect(*box[1:])) for box in boxes]
+            found["gligen"] = kind, model, [(embedding, *area) for embedding, area in cropped if area is not None]
         if condition.get("control") is not None:
             found["control"] = controls.get(condition["control"], self)
         return found
@@ -134,7 +134,7 @@ class Tile:
         def crop(hint: Any) -> Any:  # noqa: ANN401
             if not torch.is_tensor(hint) or hint.ndim < 4:
                 return hint
-            height, width = (size * scale for size in self.whole)
+            height, width = (size * scale for size in self.image_size)
             return self.crop(comfy.utils.common_upscale(hint, width, height, method, "center"), scale)
 
         control.cond_hint_original = crop(control.cond_hint_original)
@@ -197,7 +197,7 @@ class SlicedControls:
 class EasyCaches:
     """EasyCache's state for each part of a video.
 
-    It holds the model's output for a condition at the last step, and would mistake one part's for another's.
+    EasyCache keeps the model's output for a condition at the last step, and would mix up the outputs of the parts.
     """
 
     def __init__(self) -> None:
@@ -205,14 +205,15 @@ class EasyCaches:
 
     def options(self, options: dict[str, Any], part: Part, model_sampling: Any) -> dict[str, Any]:  # noqa: ANN401
         """Model options with the state of a part."""
-        given = options.get("transformer_options", {})
-        cache = given.get("easycache")
+        transformer_options = options.get("transformer_options", {})
+        cache = transformer_options.get("easycache")
         if cache is None or not hasattr(cache, "uuid_cache_diffs"):  # LazyCache sees the whole video
             return options
         key = id(cache), part
         if key not in self._states:
             self._states[key] = cache, cache.clone().prepare_timesteps(model_sampling)
-        return {**options, "transformer_options": {**given, "easycache": self._states[key][1]}}
+        own_options = {**transformer_options, "easycache": self._states[key][1]}
+        return {**options, "transformer_options": own_options}
 
 
 def _rebind_methods(own: ControlBase, control: ControlBase) -> None:
@@ -239,9 +240,9 @@ def _get_control_for(window: Window) -> Callable[..., Any]:
         batched_number: int,
         transformer_options: dict[str, Any],
     ) -> Any:  # noqa: ANN401
-        given = transformer_options.get("ad_params") or {}
-        if given.get("exvideo") != window:  # chained controls pass on what the last one was given
-            part = given.get("sub_idxs")
+        previous = transformer_options.get("ad_params") or {}
+        if previous.get("exvideo") != window:  # chained controls pass on the options of the previous one
+            part = previous.get("sub_idxs")
             frames = list(window.frames) if part is None else [window.frames[index] for index in part]
             params = {
                 "sub_idxs": frames, "context_length": len(frames), "full_length": window.total, "exvideo": window,

@@ -53,9 +53,9 @@ def with_tiles(model: ModelPatcher, tiles: TileSettings) -> ModelPatcher:
     patched = model.clone()
     state = SamplingState()
 
-    def clear_state(executor: Any, *given: Any, **named: Any) -> torch.Tensor:  # noqa: ANN401 - ComfyUI's
+    def clear_state(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401 - ComfyUI's
         try:
-            return executor(*given, **named)
+            return executor(*args, **kwargs)
         finally:
             state.clear()
 

@@ -66,7 +66,7 @@ class WindowSettings:
 def with_windows(model: ModelPatcher, settings: WindowSettings) -> ModelPatcher:
     """A clone of an SVD model that samples videos longer than a window in windows.
 
-    A video that is no longer than a window is sampled as without, unless it is to be a closed loop.
+    A video that is not longer than a window is sampled normally, unless it is a closed loop.
 
     Raises:
         ValueError: the model is not an SVD model, or its extension has no positions for so many frames.
@@ -132,7 +132,7 @@ def _sample(settings: WindowSettings, state: SamplingState) -> Callable[..., tor
     """OUTER_SAMPLE wrapper: prepares the noise and, if sequential, runs one sampling per window.
 
     Windows are sliced where ComfyUI begins a sampling, outside of everything that other nodes keep for one: caches,
-    LoRA schedules and samplers start anew in each window.
+    LoRA schedules and samplers start from scratch in each window.
     """
 
     def wrapper(
@@ -194,7 +194,7 @@ def _frame_mask(denoise_mask: torch.Tensor | None, video: torch.Tensor) -> torch
     """The noise mask of each frame [T, 1, H, W], from a mask of any size that ComfyUI accepts."""
     if denoise_mask is None:
         return torch.ones_like(video[:, :1])
-    if denoise_mask.shape != video.shape:  # 0.3.64 passes it on as it was given
+    if denoise_mask.shape != video.shape:  # ComfyUI 0.3.64 passes it on unprocessed
         denoise_mask = comfy.sampler_helpers.prepare_mask(denoise_mask, video.shape, video.device)
     return denoise_mask[:, :1].to(video)
 
@@ -224,9 +224,9 @@ def _window_noise(
     window: Window,
     finished: set[int],
 ) -> torch.Tensor:
-    """The noise that a window begins with, on top of the video as it is by then.
+    """The initial noise of a window, to be added to the current state of the video.
 
-    Where a sampler continues another one's leftover noise, its own noise is zero and the latents hold the leftover.
+    If a sampler continues with another one's leftover noise, its own noise is zero and the latents contain that noise.
     Frames that an earlier window has finished are clean by now: their noise is the difference.
 
     Returns:
@@ -248,7 +248,7 @@ def _window_noise(
 def _window_callback(
     guider: CFGGuider, callback: StepCallback, video: torch.Tensor, frames: list[int], number: int, count: int
 ) -> StepCallback:
-    """ComfyUI's callback for a step of a window: it gets the whole video, and the steps of all windows."""
+    """Step callback of a window, which passes the whole video and the steps of all windows to ComfyUI's callback."""
     if callback is None:
         return None
     before = guider.model_patcher.model.process_latent_in(video)
@@ -316,9 +316,9 @@ def _set_anchor(conds: list[Condition], anchor: Anchor, first_frame: torch.Tenso
     image = torch.zeros_like(first_frame) if anchor == "none" else first_frame
     anchored = []
     for cond in conds:
-        given, encoded = cond.get("concat_latent_image"), cond.get("model_conds", {}).get("c_concat")
-        if given is not None and given.any():
-            cond = {**cond, "concat_latent_image": image.to(given)}
+        original, encoded = cond.get("concat_latent_image"), cond.get("model_conds", {}).get("c_concat")
+        if original is not None and original.any():
+            cond = {**cond, "concat_latent_image": image.to(original)}
         if encoded is not None and encoded.cond.any():
             replaced = encoded._copy_with(image.to(encoded.cond).expand_as(encoded.cond))
             cond = {**cond, "model_conds": {**cond["model_conds"], "c_concat": replaced}}

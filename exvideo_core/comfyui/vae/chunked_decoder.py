@@ -124,21 +124,21 @@ def _decode(decoder: VideoDecoder, z: torch.Tensor, max_bytes: float, buffers: H
 def _block(
     block: VideoResBlock, x: FrameMaps, max_bytes: float, buffers: HostBuffers, upsample: torch.nn.Conv2d | None = None
 ) -> FrameMaps:
-    """A block, in place where its channels allow it; on frames of twice the size if `upsample` is given."""
+    """A block, in place where its channels allow it; on frames of twice the size with `upsample`."""
     weights = CastWeights(x)
     shortcut = getattr(block, "nin_shortcut", None)
     count, _, height, width = x.shape
-    given: FrameReader = x
+    reader: FrameReader = x
     if upsample is not None:
         height, width = 2 * height, 2 * width
-        given = UpsampledFrames(x, upsample, (height, width), weights)
+        reader = UpsampledFrames(x, upsample, (height, width), weights)
     out = x
     if upsample is not None or shortcut is not None:
         shape = (count, block.out_channels, height, width)
         out = FrameMaps.empty(shape, x.dtype, x.device, max_bytes - x.device_bytes, buffers)
     halves = (block.norm1, block.conv1), (block.norm2, block.conv2)
-    add_spatial_residual(given, *halves, shortcut, None, weights, out)
-    del x, given  # the caller drops its reference as well once it has our result
+    add_spatial_residual(reader, *halves, shortcut, None, weights, out)
+    del x, reader  # the caller drops its reference as well once it has our result
     factor = block.get_alpha(1).to(out.device, out.dtype)
     add_temporal_residual(out, block.time_stack, None, factor, weights, keep=False)
     return out
