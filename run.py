@@ -13,21 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import shutil
 import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from runner import tiers
 from runner.environment import UnfitEnvironment, found_python, host_python, own_python
 from runner.hosts import PACK, Host, find_hosts, is_host
 
-TIERS = ("unit", "parity", "post_tuning", "host", "card", "browser", "cuda")
-#: The oldest ComfyUI that simulated cards support.
-CARD_HOST = (0, 33)
-HOSTLESS = ("unit", "parity", "post_tuning")
 #: Benchmarks, by name.
 BENCHMARKS = {
     "cards": "which sizes fit on which card; with --real, run time and memory on this machine's card",
@@ -46,10 +39,6 @@ BENCHMARKS = {
 HOSTLESS_BENCHMARKS = ("method",)
 #: Benchmarks with plots, which are drawn in an environment that has matplotlib.
 DRAWN = ("growth", "memory")
-#: Packages that the tests need -> what to install.
-NEEDED = {"pytest": "pytest", "diffsynth": "--no-deps diffsynth==1.1.9"}
-NEEDED_BY_BROWSER = {"pytest": "pytest", "playwright": "playwright"}
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NO_HOST = "no ComfyUI found. Set COMFYUI_PATH to its folder, or install one: pip install comfy-cli && comfy install"
 NONE_USABLE = "none of the ComfyUIs found can run: see the lines above."
 
@@ -62,7 +51,7 @@ def main() -> int:
     show.add_argument("--standalone", action="store_true", help="use diffusers even if there is a ComfyUI")
     show.add_argument("--keep", action="store_true", help="keep the server's folder and its log")
     test = commands.add_parser("test", help="run the tests")
-    test.add_argument("--tier", action="append", choices=TIERS, help="only this tier (can be repeated)")
+    test.add_argument("--tier", action="append", choices=tiers.TIERS, help="only this tier (can be repeated)")
     test.add_argument("--all", action="store_true", help="every test, on every ComfyUI and frontend found")
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     bench = commands.add_parser("bench", help="run a benchmark", add_help=False)
@@ -82,7 +71,7 @@ def main() -> int:
             return benchmark(options.name, rest)
         if options.command == "help":
             return write_help(options.pictures)
-        return run_tests(tuple(options.tier or TIERS), options.pytest, everything=options.all)
+        return run_tests(tuple(options.tier or tiers.TIERS), options.pytest, everything=options.all)
     except subprocess.CalledProcessError as error:
         print(f"FAILED: {' '.join(map(str, error.cmd))} ended with {error.returncode}.", file=sys.stderr)
         return 1
@@ -150,119 +139,21 @@ def write_help(pictures: bool = False) -> int:
     return max(_python(host_python(hosts[0]), "-m", module, host=hosts[0]).returncode for module in modules)
 
 
-def run_tests(tiers: tuple[str, ...], extra: list[str], everything: bool = False) -> int:
+def run_tests(chosen: tuple[str, ...], pytest: list[str], everything: bool = False) -> int:
     hosts, skipped = usable(find_hosts())
-    lines = [*skipped]
+    notes = [*skipped]
     if not everything and len(hosts) > 1:
         older = ", ".join(host.version for host in hosts[1:])
         hosts = hosts[:1]
-        lines.append(f"Tested on ComfyUI {hosts[0].version} only. To include {older}: python run.py test --all")
-    counts = {"passed": 0, "failed": 0, "skipped": len(skipped)}
-    failed = False
-    for tier in (tier for tier in TIERS if tier in tiers):
-        if tier in HOSTLESS:
-            runs = [(tier, own_python, None)]
-        elif not hosts:
-            lines.append(f"SKIPPED tier {tier}: {_no_host(skipped)}")
-            counts["skipped"] += 1
-            continue
-        elif tier == "browser" and chromium() is None:
-            lines.append(
-                "SKIPPED tier browser: no Chromium found. Install one (Debian: apt install chromium), or set "
-                "EXVIDEO_CHROMIUM to its path."
-            )
-            counts["skipped"] += 1
-            continue
-        elif tier == "cuda" and not _has_gpu():
-            lines.append("SKIPPED tier cuda: no NVIDIA GPU found (nvidia-smi -L).")
-            counts["skipped"] += 1
-            continue
-        else:
-            runs = [(f"{tier}, ComfyUI {host.version}", lambda host=host: host_python(host), host) for host in hosts]
-        if not (PACK / "tests" / tier).is_dir():
-            lines.append(f"SKIPPED tier {tier}: there is no folder tests/{tier}.")
-            counts["skipped"] += 1
-            continue
-        for name, find_python, host in runs:
-            if tier == "card" and host is not None and _numbers(host.version) < CARD_HOST:
-                lines.append(f"SKIPPED tier {name}: simulated cards need ComfyUI {_text(CARD_HOST)} or newer.")
-                counts["skipped"] += 1
-                continue
-            print(f"\n=== tier {name} ===", flush=True)
-            python = find_python()
-            needed = NEEDED_BY_BROWSER if tier == "browser" else NEEDED
-            if missing := _missing(python, needed):
-                steps = " && ".join(f'"{python}" -m pip install {needed[package]}' for package in missing)
-                lines.append(f"SKIPPED tier {name}: its Python lacks {' and '.join(missing)}. To install: {steps}")
-                counts["skipped"] += 1
-                continue
-            passed, missed, skipped = _pytest(python, tier, host, extra, every_test=everything)
-            ok = passed > 0 and missed == 0
-            failed |= not ok
-            for key, number in zip(counts, (passed, missed, skipped), strict=True):
-                counts[key] += number
-            lines.append(
-                f"{'passed' if ok else 'FAILED'} tier {name}: {passed} passed, {missed} failed, {skipped} skipped"
-            )
-    print("\n" + "\n".join(lines))
-    print(", ".join(f"{number} {key}" for key, number in counts.items()))
-    return int(failed)
+        notes.append(f"Tested on ComfyUI {hosts[0].version} only. To include {older}: python run.py test --all")
+    return tiers.run(chosen, hosts, _no_host(skipped), pytest, everything, notes)
 
 
-def _pytest(python: Path, tier: str, host: Host | None, extra: list[str], every_test: bool) -> tuple[int, int, int]:
-    """Run one folder of tests; counts of passed, failed and skipped."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        arguments = ("-m", "pytest", f"tests/{tier}", "-q", "-ra", "--durations=5", "-p", "no:cacheprovider")
-        chosen = () if every_test else ("-m", "not nightly")
-        done = _python(python, *arguments, *chosen, f"--junitxml={report}", *extra, host=host, every_test=every_test)
-        if not report.exists():
-            return 0, 1, 0
-        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    tests, failures, errors, skipped = (
-        sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
-    )
-    missed = failures + errors
-    if done.returncode != 0 and missed == 0:  # 5: no test was collected
-        missed = 1
-    return tests - failures - errors - skipped, missed, skipped
-
-
-def _python(
-    python: Path, *arguments: str, host: Host | None = None, every_test: bool = False
-) -> subprocess.CompletedProcess[bytes]:
+def _python(python: Path, *arguments: str, host: Host | None = None) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(PACK), "PYTHONDONTWRITEBYTECODE": "1"}
-    if every_test:
-        environment["EXVIDEO_EVERY_TEST"] = "1"
     if host is not None:
-        environment["EXVIDEO_HOST"] = str(host.path)
-        environment["EXVIDEO_CHROMIUM"] = chromium() or ""
+        environment |= {"EXVIDEO_HOST": str(host.path), "EXVIDEO_CHROMIUM": tiers.chromium() or ""}
     return subprocess.run([python, *arguments], cwd=PACK, env=environment, check=False)
-
-
-def _missing(python: Path, needed: dict[str, str]) -> list[str]:
-    """Packages that an environment lacks for the tests. Nothing is installed into a ComfyUI's own environment."""
-    code = f"import importlib.util as u; print(*[n for n in {tuple(needed)} if not u.find_spec(n)])"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-
-
-def chromium() -> str | None:
-    """The path of a Chromium or Chrome on this machine; no test downloads one."""
-    named = os.environ.get("EXVIDEO_CHROMIUM")
-    return named or next((found for name in CHROMIUM if (found := shutil.which(name))), None)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
-
-
-def _has_gpu() -> bool:
-    tool = shutil.which("nvidia-smi")
-    return tool is not None and subprocess.run([tool, "-L"], capture_output=True, check=False).returncode == 0
 
 
 if __name__ == "__main__":
