@@ -58,7 +58,9 @@ def only_free(size: int) -> Iterator[None]:
         memory.release(taken)
 
 
-@pytest.mark.parametrize(("dynamic", "frames", "size"), [(False, 8, 8), (True, 80, 32)])
+@pytest.mark.parametrize(
+    ("dynamic", "frames", "size"), [(False, 8, 8), (True, 8, 8), pytest.param(True, 80, 32, marks=pytest.mark.nightly)]
+)
 def test_free_memory_does_not_change_the_latents(dynamic: bool, frames: int, size: int, model: Model) -> None:
     """With all of a model loaded and with none of it; and of a clip long enough to be computed in chunks.
 

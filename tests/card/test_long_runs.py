@@ -6,7 +6,10 @@ import json
 import re
 from collections.abc import Callable
 
+import pytest
 
+
+@pytest.mark.nightly
 def test_the_cuda_tier_passes(long_run: Callable[[], tuple[int, str]]) -> None:
     """What the cuda tier asks of a GPU, asked of a simulated card."""
     code, output = long_run()
