@@ -76,7 +76,7 @@ def test_run_shows_progress_a_moving_preview_and_the_video(app) -> None:
 def test_a_nodes_help_page_opens(app) -> None:
     app.load_template("exvideo_quickstart")
     app.help("ExVideoConditioning")
-    app.page.get_by_text("Use it where SVD_img2vid_Conditioning would stand").first.wait_for()
+    app.page.get_by_text("Use it instead of").first.wait_for()
     app.shot("help")
 
 
@@ -111,7 +111,7 @@ def test_help_speaks_chinese_where_the_frontend_does(chinese) -> None:
     chinese.page.wait_for_function("window.app.graph._nodes.some(node => node.type === 'ExVideoConditioning')")
     chinese.page.wait_for_timeout(1000)
     chinese.help("ExVideoConditioning")
-    chinese.page.get_by_text("按 SVD 训练时的尺度加噪声").first.wait_for()
+    chinese.page.get_by_text("按 SVD 训练时的尺度添加噪声").first.wait_for()
     chinese.shot("help_chinese")
 
 

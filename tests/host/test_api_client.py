@@ -48,7 +48,7 @@ def test_it_uploads_runs_and_fetches(server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("ExVideoConditioning.frames=130", "KSampler (node 7): The clip has 130 frames"),
+        ("ExVideoConditioning.frames=130", "KSampler (node 7): The video has 130 frames"),
         ("ExVideoDecode.overlap_frames=99", "overlap_frames (99)"),
         ("ExVideoWindows.frames=1", "No node of this workflow is called ExVideoWindows"),
     ],

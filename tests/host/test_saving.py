@@ -99,7 +99,7 @@ def refused(server: Server, graph: dict[str, dict[str, Any]], path: Path, proble
 @pytest.mark.parametrize(("make", "suffix"), [(video, ".mp4"), (extension, ".safetensors")])
 def test_a_name_that_is_taken_is_told_and_the_server_goes_on(server, make, suffix) -> None:
     (server.output / "taken").write_text("a file")
-    refused(server, make(prefix="taken/new"), server.output / "taken" / "new", "a folder has its name, or a file")
+    refused(server, make(prefix="taken/new"), server.output / "taken" / "new", "a folder has this name, or a file")
     folder = server.output / f"under{suffix}"
     (folder / f".new_00001_.part{suffix}").mkdir(parents=True)
     refused(server, make(prefix=f"{folder.name}/new"), folder / f"new_00001_{suffix}", "a folder has its name")
@@ -113,7 +113,7 @@ def test_a_full_disk_is_told_and_the_server_goes_on(server) -> None:
     result = server.run(video(prefix="full/new"))
     assert result.status == "error" and result.error["node_id"] == "3"
     path = folder / "new_00001_.mp4"
-    assert result.error["exception_message"].startswith(f"'{path}' cannot be written: the disk is full. Free some")
+    assert result.error["exception_message"].startswith(f"'{path}' cannot be written: the disk is full. Free up some")
     assert list(folder.iterdir()) == []
     assert rate(server, server.run(video(prefix="full/new"))) == 30
 
