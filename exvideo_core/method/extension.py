@@ -243,6 +243,7 @@ def _canonical_names(path: str | os.PathLike[str], header: Header) -> dict[str, 
 
 
 def _check_layout(path: str | os.PathLike[str], names: Mapping[str, str], header: Header) -> None:
+    """Check that a file holds exactly the tensors of an extension, with consistent shapes and a supported dtype."""
     shapes = {name: header.shapes[stored] for name, stored in names.items()}
     biases = [f"blocks.{block}.{tensor_names.CONV_BIAS}" for block in tensor_names.BLOCK_IDS]
     if not any(name.endswith(tensor_names.POSITIONS) for name in shapes):
