@@ -102,7 +102,7 @@ def test_a_name_that_is_taken_is_told_and_the_server_goes_on(server, make, suffi
     refused(server, make(prefix="taken/new"), server.output / "taken" / "new", "a folder has this name, or a file")
     folder = server.output / f"under{suffix}"
     (folder / f".new_00001_.part{suffix}").mkdir(parents=True)
-    refused(server, make(prefix=f"{folder.name}/new"), folder / f"new_00001_{suffix}", "a folder has its name")
+    refused(server, make(prefix=f"{folder.name}/new"), folder / f"new_00001_{suffix}", "a folder has this name")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, which is always full, is Linux' own")
