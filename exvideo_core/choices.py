@@ -22,6 +22,11 @@ FUSES: tuple[Fuse, ...] = get_args(Fuse)
 Anchor = Literal["window start", "first picture", "none"]
 ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 
+
+#: How post-tuning draws noise levels: from the published ramp, from an interval, or log-normally.
+NoiseKind = Literal["ramp", "interval", "lognormal"]
+NOISE_KINDS: tuple[NoiseKind, ...] = get_args(NoiseKind)
+
 #: How two videos are arranged for comparison.
 Direction = Literal["side by side", "one above the other"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)

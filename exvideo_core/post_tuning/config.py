@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..choices import NoiseKind
+
 
 class ConfigError(ValueError):
     """A setting is missing or invalid. The message names the setting and the remedy."""
@@ -41,7 +43,8 @@ class Config:
     train_attention: bool = _setting(True, "train all other weights of the temporal blocks")
 
     steps: int = _setting(20_000, "optimizer steps")
-    accumulation: int = _setting(1, "gradient accumulation: clips per optimizer step and process")
+    batch: int = _setting(1, "clips per forward pass")
+    accumulation: int = _setting(1, "gradient accumulation: batches per optimizer step and process")
     learning_rate: float = _setting(1e-5, "learning rate of AdamW")
     positions_rate: float = _setting(1.0, "factor on the learning rate for the position tables")
     warmup: int = _setting(0, "warm-up steps, in which the learning rate rises from 0")
@@ -49,6 +52,15 @@ class Config:
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
     adam_epsilon: float = _setting(1e-8, "epsilon of AdamW")
     clip_gradients: float = _setting(0.0, "maximum gradient norm (0: unlimited)")
+    noise: NoiseKind = _setting("ramp", "distribution of noise levels: the published ramp, an interval, or log-normal")
+    noise_low: float = _setting(0.3, "lowest noise level of the interval")
+    noise_high: float = _setting(20.0, "highest noise level of the interval")
+    noise_mean: float = _setting(1.0, "mean of the logarithm of log-normal noise levels")
+    noise_deviation: float = _setting(1.6, "standard deviation of the logarithm of log-normal noise levels")
+    noise_share: float = _setting(1.0, "share of noise levels not drawn from the ramp")
+    recycle: float = _setting(0.0, "share of clips whose first frame carries one of the model's own errors")
+    recycle_bank: int = _setting(256, "number of errors to keep")
+    recycle_highest: float = _setting(10.0, "highest noise level whose errors are kept")
     contrast: float = _setting(1.01, "factor on the target latents")
     ema: float = _setting(0.9, "decay of the moving average (EMA) per update")
     ema_every: int = _setting(500, "steps between updates of the moving average")
@@ -74,7 +86,8 @@ class Config:
                 raise ConfigError(f"{name} is not set. Set it in the config file or with --{name}.")
         if self.width % 64 or self.height % 64 or min(self.width, self.height) < 64:
             raise ConfigError(f"The size is {self.width}x{self.height}, but SVD needs multiples of 64.")
-        for name in ("frames", "interval", "steps", "accumulation", "save_every", "ema_every", "log_every", "keep"):
+        for name in ("frames", "interval", "steps", "batch", "accumulation", "save_every", "ema_every", "log_every",
+                     "keep", "recycle_bank"):  # fmt: skip
             minimum = 2 if name == "frames" else 1
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but has to be at least {minimum}.")
@@ -84,6 +97,15 @@ class Config:
             )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}, but has to be at least 0 (off) and below 1.")
+        for name in ("noise_share", "recycle"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but has to be between 0 and 1.")
+        if not 0 < self.noise_low < self.noise_high:
+            raise ConfigError(
+                f"noise_low is {self.noise_low}, but has to be above 0 and below noise_high ({self.noise_high})."
+            )
+        if self.noise_deviation <= 0:
+            raise ConfigError(f"noise_deviation is {self.noise_deviation}, but has to be above 0.")
 
     @property
     def cache_path(self) -> Path | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,9 @@ import torch
 
 from ..video.images import clip_vision_pixels
 from .config import Config, ConfigError
-from .loss import RAMP_STEPS, sigma_ramp
+from .loss import RAMP_STEPS
 from .motion import motion_bucket
+from .noise import noise_levels
 from .videos import Video, read_window
 
 if TYPE_CHECKING:
@@ -33,15 +34,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One training clip.
+    """A training clip, or a batch of B clips.
 
     Attributes:
-        latents: scaled by the VAE's factor [1, T, 4, H, W].
-        noise: [1, T, 4, H, W].
-        sigma: noise level [1].
-        first: latents of the first frame, not scaled [1, 4, H, W].
-        embedding: image embedding of the first frame [1, 1, D].
-        ids: fps - 1, motion bucket and noise augmentation (0, as in the reference) [1, 3].
+        latents: scaled by the VAE's factor [B, T, 4, H, W].
+        noise: [B, T, 4, H, W].
+        sigma: noise level [B].
+        first: latents of the first frame, not scaled [B, 4, H, W].
+        embedding: image embedding of the first frame [B, 1, D].
+        ids: fps - 1, motion bucket and noise augmentation (0, as in the reference) [B, 3].
     """
 
     latents: torch.Tensor
@@ -54,6 +55,11 @@ class Sample:
     def to(self, device: torch.device) -> Sample:
         """Copy all tensors to a device."""
         return Sample(**{name: value.to(device) for name, value in vars(self).items()})
+
+    @classmethod
+    def batch(cls, samples: Sequence[Sample]) -> Sample:
+        """Concatenate samples into one batch."""
+        return cls(*(torch.cat(parts) for parts in zip(*(vars(sample).values() for sample in samples), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,10 @@ class Samples:
         self.config = config
         self.encoder = encoder
         self.cache = cache
-        self.ramp = sigma_ramp()
+        self.levels = noise_levels(
+            config.noise, low=config.noise_low, high=config.noise_high, mean=config.noise_mean,
+            deviation=config.noise_deviation, share=config.noise_share,
+        )  # fmt: skip
         self.dropped: list[tuple[Path, str]] = []
 
     def __getitem__(self, index: int) -> Sample:
@@ -137,7 +146,7 @@ class Samples:
                 _log.warning("Skipped from now on: %s", error)
                 if len(self.dropped) == len(self.videos):
                     raise ConfigError("data: none of the videos can be decoded anymore.") from error
-        sigma = self.ramp[_draw(generator, RAMP_STEPS)][None]
+        sigma = self.levels[_draw(generator, RAMP_STEPS)][None]
         noise = torch.randn(latents.shape, generator=generator)
         scaling = self.encoder.vae.config.scaling_factor
         ids = torch.tensor([[float(self.config.fps - 1), float(bucket), 0.0]])

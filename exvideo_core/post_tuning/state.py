@@ -158,9 +158,9 @@ def resume(accelerator: Accelerator, folder: Path, progress: Progress, config: C
         return False
     newest = found[-1]
     stored = json.loads((newest / "progress.json").read_text())
+    then = asdict(Config()) | stored["settings"]  # settings that did not exist then had their defaults' effect
     now = {name: value for name, value in asdict(config).items() if name not in _CHANGEABLE}
-    changed = [f"{name} {stored['settings'].get(name)!r} -> {now[name]!r}" for name in now
-               if stored["settings"].get(name) != now[name]]  # fmt: skip
+    changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in now if then[name] != now[name]]
     if changed:
         raise ConfigError(
             f"{newest} was saved with different settings ({', '.join(changed)}). Restore them or choose another out."

@@ -17,8 +17,9 @@ from ..method.extension import Extension
 from . import state
 from .config import Config, ConfigError
 from .loss import denoise, post_tuning_loss
+from .recycling import ErrorBank
 from .report import Report
-from .samples import Encoder, Samples, fill_cache
+from .samples import Encoder, Sample, Samples, fill_cache
 from .selection import select, untrained
 from .videos import Folder, Video, scan
 
@@ -92,6 +93,11 @@ def train(config: Config) -> Path | None:
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
     state.keep_trained_only(accelerator)
+    bank = None
+    if config.recycle:
+        scaling = svd.vae.config.scaling_factor
+        bank = ErrorBank(config.recycle_bank, config.recycle, config.recycle_highest, scaling, config.seed)
+        accelerator.register_for_checkpointing(bank)
 
     progress = state.Progress(ema=state.MovingAverage(config.ema))
     checkpoints = out / "checkpoints"
@@ -104,7 +110,7 @@ def train(config: Config) -> Path | None:
     report = Report(out, config, progress.step) if accelerator.is_main_process else None
     try:
         while progress.step < config.steps and not stop.received:
-            error, loss, norm = _step(accelerator, unet, optimizer, samples, progress.step, config)
+            error, loss, norm = _step(accelerator, unet, optimizer, samples, bank, progress.step, config)
             progress.step += 1
             last = progress.step == config.steps
             if progress.step % config.ema_every == 0:
@@ -215,13 +221,14 @@ def _step(
     unet: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     samples: Samples,
+    bank: ErrorBank | None,
     step: int,
     config: Config,
 ) -> tuple[float, float, float]:
     """Run one optimizer step.
 
-    Samples are numbered consecutively, so that n processes that accumulate k samples each see the same samples as one
-    process that accumulates n k.
+    Samples are numbered consecutively, so that n processes that accumulate k batches each see the same samples as one
+    process that accumulates n k batches.
 
     Returns:
         (mean error, mean loss, gradient norm).
@@ -232,11 +239,16 @@ def _step(
     norm = 0.0
     for micro in range(config.accumulation):
         index = (step * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
-        sample = samples[index].to(accelerator.device)
+        clips = range(index * config.batch, (index + 1) * config.batch)
+        sample = Sample.batch([samples[clip] for clip in clips]).to(accelerator.device)
+        if bank is not None:
+            sample = bank.spoil(sample, clips)
         with accelerator.accumulate(unet):
             noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
             with accelerator.autocast():
                 denoised = denoise(unet, noisy, sample.sigma, sample.first, sample.embedding, sample.ids)
+            if bank is not None:
+                bank.add(denoised, sample, clips)
             error, loss = post_tuning_loss(denoised, sample.latents, sample.sigma, config.contrast)
             accelerator.backward(loss)
             if accelerator.sync_gradients:

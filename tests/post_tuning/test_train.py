@@ -123,6 +123,26 @@ def test_two_processes_equal_one_of_twice_the_accumulation(run, start, epsilon, 
     assert distance < limit
 
 
+def test_a_batch_equals_as_much_accumulation(run, start) -> None:
+    settings = {"adam_epsilon": 1.0, "learning_rate": 1.0, "weight_decay": 0.0, "noise": "lognormal", "steps": 2}
+    at_once, in_turn = run("at-once", batch=2, **settings), run("in-turn", accumulation=2, **settings)
+    at_once.finish()
+    in_turn.finish()
+    assert relative_distance(at_once, in_turn, start) < 5e-4
+
+
+def test_a_run_with_recycled_errors_resumes_bit_for_bit(run) -> None:
+    settings = {"recycle": 0.5, "recycle_highest": 700.0, "batch": 2}
+    whole, plain = run("whole", **settings), run("plain", batch=2)
+    whole.finish()
+    plain.finish()
+    run("resumed", steps=3, **settings).finish()
+    resumed = run("resumed", **settings)
+    resumed.finish()
+    assert same(resumed.checkpoint(), whole.checkpoint())
+    assert not same(plain.checkpoint(), whole.checkpoint())
+
+
 @pytest.mark.parametrize(
     ("off", "kept"),
     [
