@@ -27,7 +27,8 @@ def run(name: str, results: Path, *arguments: str) -> list[dict]:
 
 def test_mixed_prompts_with_cancellations_and_errors_leave_a_server_intact(tmp_path) -> None:
     (row,) = run("soak", tmp_path, "--prompts", "40")
-    assert row["wrong"] == row["files_left"] == row["leak_warnings"] == 0
+    # ComfyUI's own leak warnings do not count: see docs/reliability.md.
+    assert row["wrong"] == row["files_left"] == 0
     assert row["good"] > 10 and min(row["cancelled"], row["invalid"], row["error"]) > 0
 
 
