@@ -96,7 +96,9 @@ class App:
     def load_template(self, name: str) -> None:
         self.templates()
         self.page.locator("[role=dialog]").first.get_by_text(name, exact=True).click()
-        self.page.wait_for_function("window.app.graph._nodes.length > 3")
+        # The graph before it may have nodes too.
+        ours = "window.app.graph._nodes.some(node => node.type.startsWith('ExVideo'))"
+        self.page.wait_for_function(ours)
         self.page.locator("[role=dialog]").first.wait_for(state="hidden")
         self.fit()
 
