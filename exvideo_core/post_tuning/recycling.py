@@ -38,7 +38,7 @@ class ErrorBank:
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + number + (1 << 40))
 
-    def spoil(self, sample: Sample, numbers: Sequence[int]) -> Sample:
+    def add_errors(self, sample: Sample, numbers: Sequence[int]) -> Sample:
         """Add errors to the first frames of a share of the clips.
 
         Args:

@@ -242,7 +242,7 @@ def _step(
         clips = range(index * config.batch, (index + 1) * config.batch)
         sample = Sample.batch([samples[clip] for clip in clips]).to(accelerator.device)
         if bank is not None:
-            sample = bank.spoil(sample, clips)
+            sample = bank.add_errors(sample, clips)
         with accelerator.accumulate(unet):
             noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
             with accelerator.autocast():

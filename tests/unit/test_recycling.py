@@ -22,7 +22,7 @@ def sample_of(sigma: list[float], frames: int = 3) -> Sample:
 def test_only_errors_of_low_noise_are_kept_and_the_latest_stay() -> None:
     bank = ErrorBank(3, 1.0, 10.0, SCALING, 0)
     sample = sample_of([0.5, 50.0])
-    assert bank.spoil(sample, range(2)) is sample  # nothing to recycle yet
+    assert bank.add_errors(sample, range(2)) is sample  # nothing to recycle yet
     for step in range(5):
         bank.add(sample.latents + step, sample, range(2 * step, 2 * step + 2))
     torch.testing.assert_close(bank.errors, torch.arange(2.0, 5.0).view(3, 1, 1, 1).expand(3, 4, 2, 2))
@@ -34,14 +34,14 @@ def test_a_share_of_clips_gets_an_error_on_its_first_frame_alone() -> None:
     bank.add(sample.latents + 1, sample, range(4))
     changed = 0
     for number in range(0, 400, 4):
-        spoiled = bank.spoil(sample, range(number, number + 4))
-        moved = (spoiled.first - sample.first).flatten(1)
+        corrupted = bank.add_errors(sample, range(number, number + 4))
+        moved = (corrupted.first - sample.first).flatten(1)
         changed += int(moved.any(1).sum())
         torch.testing.assert_close(moved[moved.any(1)] * SCALING, torch.ones_like(moved[moved.any(1)]))
-        assert spoiled.latents is sample.latents
+        assert corrupted.latents is sample.latents
     assert 70 <= changed <= 130
-    again = bank.spoil(sample, range(8, 12)).first
-    assert again.equal(bank.spoil(sample, range(8, 12)).first)
+    again = bank.add_errors(sample, range(8, 12)).first
+    assert again.equal(bank.add_errors(sample, range(8, 12)).first)
 
 
 def test_a_bank_is_kept_in_checkpoints() -> None:
@@ -49,4 +49,4 @@ def test_a_bank_is_kept_in_checkpoints() -> None:
     sample = sample_of([1.0])
     bank.add(sample.latents + 1, sample, range(1))
     other.load_state_dict(bank.state_dict())
-    assert other.spoil(sample, range(1)).first.equal(bank.spoil(sample, range(1)).first)
+    assert other.add_errors(sample, range(1)).first.equal(bank.add_errors(sample, range(1)).first)

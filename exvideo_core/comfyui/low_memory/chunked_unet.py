@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,7 +123,7 @@ def _only_we_read_skips(unet: torch.nn.Module, options: dict[str, Any]) -> bool:
     return not skips_are_patched(options) and all(isinstance(block[0], ChunkedResBlock) for block in unet.output_blocks)
 
 
-def _with_lazy_skips(patches: dict[str, Any], buffers: HostBuffers | None) -> dict[str, Callable[..., Any]]:
+def _with_lazy_skips(patches: dict[str, Any], buffers: HostBuffers | None) -> dict[str, Any]:
     """Patches by which ComfyUI's UNet keeps `SkipConnection`s, in between the user's own patches."""
 
     def keep(h: torch.Tensor, options: dict[str, Any]) -> SkipConnection:  # noqa: ARG001 - ComfyUI's signature
