@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import signal
@@ -186,6 +187,18 @@ def test_changed_settings_are_refused_on_resume(run) -> None:
     process = run("one", steps=4, learning_rate=5e-4).start()
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "learning_rate 0.001 -> 0.0005" in text
+
+
+def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(run) -> None:
+    older = run("older", steps=2)
+    older.finish()
+    (path,) = (older.out / "checkpoints").glob("step-00000002/progress.json")
+    stored = json.loads(path.read_text())
+    del stored["settings"]["noise"]
+    path.write_text(json.dumps(stored))
+    text, _ = run("older", steps=4, noise="interval").start().communicate(timeout=120)
+    assert "noise 'ramp' -> 'interval'" in text
+    run("older", steps=4).finish()
 
 
 def test_gradient_checkpointing_changes_memory_only(run, start) -> None:
