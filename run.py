@@ -4,6 +4,7 @@
     python run.py demo                     make a 128-frame video from one image, with ComfyUI if there is one
     python run.py test [--tier NAME ...]   run the tests on the newest ComfyUI found; --all runs every test on every one
     python run.py bench NAME [...]         measure (without a name: list the benchmarks; NAME --help: its options)
+    python run.py check FILE               say what a model file is and what the nodes would do with it
     python run.py help                     regenerate the nodes' help pages and README's table after a change of texts
 
 Needs only Python. Dependencies are installed into the user's cache folder.
@@ -56,6 +57,8 @@ def main() -> int:
     test.add_argument("pytest", nargs="*", metavar="-- ARGUMENT", help="passed on to pytest")
     bench = commands.add_parser("bench", help="run a benchmark", add_help=False)
     bench.add_argument("name", nargs="?", choices=BENCHMARKS)
+    check = commands.add_parser("check", help="say what a model file is and what the nodes would do with it")
+    check.add_argument("file", type=Path)
     pages = commands.add_parser("help", help="regenerate the nodes' help pages and README's table")
     pages.add_argument("--pictures", action="store_true", help="also retake the screenshots (needs Chromium)")
     options, rest = parser.parse_known_args()
@@ -69,6 +72,8 @@ def main() -> int:
             return demo(options.host, options.standalone, options.keep)
         if options.command == "bench":
             return benchmark(options.name, rest)
+        if options.command == "check":
+            return _python(own_python(), "-m", "runner.check_file", str(options.file.resolve())).returncode
         if options.command == "help":
             return write_help(options.pictures)
         return run_tests(tuple(options.tier or tiers.TIERS), options.pytest, everything=options.all)
