@@ -9,6 +9,7 @@ from .example import ExVideoExamplePicture
 from .keyframes import ExVideoKeyframes
 from .latents import ExVideoDecode, ExVideoNormalizeLatent
 from .loaders import ExVideoCheckpointLoader, ExVideoLoader
+from .lora import ExVideoCogVideoXLoader, ExVideoLoraLoader
 from .model import ExVideoApply, ExVideoMemory
 from .pictures import ExVideoCompare, ExVideoContactSheet, ExVideoPlot, ExVideoRecord
 from .post_tuning import ExVideoInit, ExVideoSave
@@ -34,6 +35,8 @@ NODES: list[type[io.ComfyNode]] = [
     ExVideoContactSheet,
     ExVideoCompare,
     ExVideoExamplePicture,
+    ExVideoLoraLoader,
+    ExVideoCogVideoXLoader,
 ]
 
 

@@ -89,11 +89,13 @@ _DRAW = """kind => {
 
 def main() -> int:
     sys.path.append(str(PACK / "tests"))
+    import other_models
     import workflow_inputs
 
     graphs = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((PACK / "workflows").glob("*.json"))}
     with Server(Host(Path(os.environ["EXVIDEO_HOST"]))) as server:
         workflow_inputs.give(server)
+        other_models.give_names(server)
         kinds = [kind for kind in server.get("/object_info") if kind.startswith("ExVideo")]
         (PAGES / "pictures").mkdir(exist_ok=True)
         with sync_playwright() as playwright:

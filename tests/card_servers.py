@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+import other_models
 import workflow_inputs
 from runner.hosts import Host
 from runner.server import Server
@@ -51,6 +52,9 @@ def make(host: Path, arguments: Sequence[str] = (), simulation: Simulation | Non
     _CLIP.append(clip.read_bytes())
     clip.write_bytes(_CLIP[0])
     (server.models / "loras").mkdir()
+    other_models.give_text_pack(server)
+    for workflow in other_models.TEXT_WIDTHS:
+        other_models.give(server, workflow, vae=False)
     save_file(_lora(), server.models / "loras" / LORA)
     return server
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from cogvideox import randomize
 
 import reference
+from cogvideox import randomize
 
 DIM, LAYERS, TEXT = 256, 2, 4096  # heads are 128 wide; ComfyUI does not read the width of the text from the file
 #: Linear layers of a block that LoRAs change.

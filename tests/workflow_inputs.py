@@ -7,11 +7,14 @@ import json
 import av
 import numpy as np
 
+import other_models
 from runner.hosts import PACK
 from runner.server import Prompt, Server
 from small_model import recipe, world
 
 FOLDER = PACK / "workflows" / "api"
+#: The workflows of SVD; `other_models` has the others'.
+NAMES = sorted({path.stem for path in FOLDER.glob("*.json")} - set(other_models.TEXT_WIDTHS))
 #: Frames of the clip to go on from, and how many of them are held.
 CLIP_FRAMES, HELD = 32, 4
 #: What a workflow's length and size become: frames, width and height.

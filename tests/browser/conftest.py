@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+import other_models
 import workflow_inputs
 from runner.hosts import PACK, Host
 from runner.server import Server
@@ -50,6 +51,7 @@ def server(frontend: str | None) -> Iterator[Server]:
     root = ["--front-end-root", str(static(frontend))] if frontend else []
     with Server(HOST, arguments=["--preview-method", "auto", *root]) as server:
         workflow_inputs.give(server)
+        other_models.give_names(server)
         yield server
 
 

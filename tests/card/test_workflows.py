@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 import clips
+import other_models
 from runner.prompts import find, quick
 from runner.server import Prompt, Server
 from runner.simulated_card import trace
 from small_model import recipe
-from workflow_inputs import FOLDER, small
+from workflow_inputs import NAMES as SVD_NAMES
+from workflow_inputs import small
 
 #: In each mode of memory; the other workflows in the two common ones.
 EVERYWHERE = ("quickstart", "exvideo_low_memory", "exvideo_second_pass")
-NAMES = {path.stem for path in FOLDER.glob("*.json")} | {"tiles", "windows", "untrained"}
+NAMES = set(SVD_NAMES) | {"tiles", "windows", "untrained"}
 OTHERS = tuple(sorted(NAMES - set(EVERYWHERE) - {"exvideo_quickstart"}))
 
 Expected = Callable[[str, Prompt], np.ndarray]
@@ -61,10 +63,21 @@ def test_every_other_workflow(server: Server, name: str, expected: Expected) -> 
     clips.assert_near(clips.frames(server, graph), expected(name, graph), name)
 
 
+@pytest.mark.parametrize("mode", ["static", "dynamic"], indirect=True, scope="session")
+@pytest.mark.parametrize("name", other_models.TEXT_WIDTHS)
+def test_workflows_of_other_models(server: Server, cpu: Server, name: str) -> None:
+    found, expected = (other_models.latent(each, name) for each in (server, cpu))
+    without = other_models.latent(server, name, strength=0.0)
+    # The card computes in half precision.
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert (without - expected).norm() > 0.2 * expected.norm()
+
+
 def test_the_tests_run_every_node(server: Server) -> None:
     graphs = [graph_of(name) for name in (*EVERYWHERE, *OTHERS)]
+    graphs += [other_models.small(name) for name in other_models.TEXT_WIDTHS]
     ours = {name for name in server.get("/object_info") if name.startswith("ExVideo")}
-    assert ours and ours - {"ExVideoLoraLoader"} == {
+    assert ours == {
         node["class_type"] for graph in graphs for node in graph.values() if node["class_type"].startswith("ExVideo")
     }
 

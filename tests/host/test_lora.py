@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import cogvideox
 import comfy.model_base
 import comfy.sample
 import comfy.sd
 import pytest
 import torch
-import wan
 from comfy.model_patcher import ModelPatcher
 
+import cogvideox
 import reference
+import wan
 from exvideo_core.comfyui import cogvideox as host_cogvideox
 from exvideo_core.comfyui.lora import apply_lora
 from exvideo_core.files.safetensors_header import ModelFileError
@@ -309,3 +309,21 @@ def test_a_lora_of_other_sizes_is_refused(wan_models, tmp_path: Path) -> None:
         path = cogvideox.save(cogvideox.lora_tensors(weights, [module]), tmp_path / "wide.safetensors")
         with pytest.raises(ValueError, match=message):
             apply_lora(wan_models.model, lora.read(path), 1.0)
+
+
+@pytest.mark.parametrize("node", ["ExVideoWindows", "ExVideoTiles", "ExVideoMemory", "ExVideoInit"])
+def test_nodes_for_svd_say_so(wan_models, node: str) -> None:
+    from exvideo_core.comfyui.apply.create import untrained_extension
+    from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
+    from exvideo_core.comfyui.low_memory.estimate import MemorySettings
+    from exvideo_core.comfyui.sampling.tiles import TileSettings, with_tiles
+    from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
+
+    calls = {
+        "ExVideoWindows": lambda model: with_windows(model, WindowSettings(16, 4)),
+        "ExVideoTiles": lambda model: with_tiles(model, TileSettings(512, 512, 64)),
+        "ExVideoMemory": lambda model: with_memory_settings(model, MemorySettings(0, True)),
+        "ExVideoInit": lambda model: untrained_extension(model, 128),
+    }
+    with pytest.raises(ValueError, match=r"is a WAN21, but this node is for Stable Video Diffusion \(SVD\)"):
+        calls[node](wan_models.model)

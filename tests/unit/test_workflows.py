@@ -12,6 +12,8 @@ FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 BLUEPRINTS = sorted((PACK / "subgraphs").glob("*.json"))
 HOST_NODES = {
+    "BasicScheduler", "CLIPLoader", "CLIPTextEncode", "EmptyHunyuanLatentVideo", "ModelSamplingSD3", "SamplerCustom",
+    "UNETLoader", "VAEDecodeTiled", "VAELoader", "VOIDSampler",
     "CreateVideo", "GetVideoComponents", "ImageBatch", "ImageFromBatch", "ImageScale", "KSampler", "LoadImage",
     "LoadVideo", "SaveVideo", "VAEEncode", "VideoLinearCFGGuidance",
 }  # fmt: skip
@@ -64,6 +66,21 @@ def test_the_published_models_can_be_downloaded_from_the_graph() -> None:
             assert model["directory"] == folders[node["type"]]
             assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(".safetensors")
             assert model["name"] in api[str(node["id"])]["inputs"].values()
+
+
+@pytest.mark.parametrize("name", ["exvideo_cogvideox", "exvideo_wan"])
+def test_every_model_of_another_family_has_its_address(name: str) -> None:
+    ui, api = (load(FOLDER / part / f"{name}.json") for part in ("", "api"))
+    (note,) = [node["widgets_values"][0] for node in ui["nodes"] if node["type"] == "MarkdownNote"]
+    folders = {"diffusion_models", "loras", "text_encoders", "vae"}
+    for node in ui["nodes"]:
+        for model in node["properties"].get("models", []):
+            assert model["directory"] in folders
+            assert model["url"].startswith("https://huggingface.co/") and model["url"] in note
+            assert f"`models/{model['directory']}`" in note
+        names = [value for key, value in api.get(str(node["id"]), {"inputs": {}})["inputs"].items() if "_name" in key]
+        files = [value for value in names if str(value).endswith(".safetensors")]
+        assert all(value in note for value in files), files
 
 
 def test_there_are_blueprints_for_what_everyone_builds() -> None:

@@ -8,7 +8,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample, VideoResBlock
 from comfy.patcher_extension import WrappersMP
 
-from ..model import UNET, applied_extension, original_module
+from ..model import UNET, applied_extension, check_svd, original_module
 from ..wrappers import set_wrapper
 from .budget import limit_chunks
 from .estimate import Estimate, MemorySettings, skips_are_patched
@@ -27,8 +27,9 @@ def with_memory_settings(model: ModelPatcher, settings: MemorySettings) -> Model
     """A clone of an extended model with other memory settings.
 
     Raises:
-        ValueError: the model has no extension.
+        ValueError: the model is not an SVD model, or has no extension.
     """
+    check_svd(model)
     if applied_extension(model) is None:
         raise ValueError("This model has no ExVideo extension. Connect the model from ExVideo Apply.")
     patched = model.clone()
