@@ -44,7 +44,9 @@ def with_reference_positions(model: ModelPatcher) -> ModelPatcher:
         transformer.patch_embed.sample_width // transformer.patch_size,
     )
     rotary = reference_rotary(base, transformer.attention_head_dim)
-    if _ROTARY not in model.object_patches and _differ(transformer._get_rotary_emb, rotary, base):
+    # The class's own: the module may have another clone's patch at the moment.
+    own = type(transformer)._get_rotary_emb.__get__(transformer)
+    if _ROTARY not in model.object_patches and _differ(own, rotary, base):
         patched.add_object_patch(_ROTARY, rotary)
     return patched
 
@@ -77,8 +79,12 @@ def load_diffusers_transformer(path: str | os.PathLike[str], disable_dynamic: bo
         check_diffusers_transformer(shard)
         for name, tensor in comfy.utils.load_torch_file(os.fspath(shard), safe_load=True).items():
             tensors[str(host_name(name))] = tensor
+    names = set(tensors)
     model = comfy.sd.load_diffusion_model_state_dict(tensors, disable_dynamic=disable_dynamic)
-    if model is None:
-        raise ModelFileError(path, "is an incomplete CogVideoX transformer.", "Download all of its files again.")
+    missing = ["blocks"] if model is None else sorted(model.model.diffusion_model.state_dict().keys() - names)
+    if missing:
+        raise ModelFileError(
+            path, f"is an incomplete CogVideoX transformer, without {missing[0]}.", "Download all of its files again."
+        )
     model.cached_patcher_init = (load_diffusers_transformer, (os.fspath(path),))
     return model

@@ -115,7 +115,7 @@ def test_comfyui_still_needs_the_patch_of_positions(cog) -> None:
 
 
 @needs_cogvideox
-def test_positions_are_patched_only_where_they_differ(cog) -> None:
+def test_positions_are_patched_only_where_they_differ(cog, monkeypatch) -> None:
     patched = host_cogvideox.with_reference_positions(cog.model)
     assert host_cogvideox._ROTARY in patched.object_patches and not cog.model.object_patches
 
@@ -123,12 +123,13 @@ def test_positions_are_patched_only_where_they_differ(cog) -> None:
     other.add_object_patch(host_cogvideox._ROTARY, len)
     assert host_cogvideox.with_reference_positions(other).object_patches[host_cogvideox._ROTARY] is len
 
-    transformer = cog.model.model.diffusion_model
-    transformer._get_rotary_emb = patched.object_patches[host_cogvideox._ROTARY]
-    try:
-        assert not host_cogvideox.with_reference_positions(cog.model).object_patches
-    finally:
-        del transformer._get_rotary_emb
+    with loaded(patched):  # whose patch is on the shared module now
+        assert host_cogvideox._ROTARY in host_cogvideox.with_reference_positions(cog.model).object_patches
+
+    rotary = patched.object_patches[host_cogvideox._ROTARY]
+    kind = type(cog.model.model.diffusion_model)
+    monkeypatch.setattr(kind, "_get_rotary_emb", lambda self, h, w, t, device: rotary(h, w, t, device))
+    assert not host_cogvideox.with_reference_positions(cog.model).object_patches
 
 
 @needs_cogvideox
