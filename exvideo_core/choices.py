@@ -27,6 +27,10 @@ ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 NoiseKind = Literal["ramp", "interval", "lognormal"]
 NOISE_KINDS: tuple[NoiseKind, ...] = get_args(NoiseKind)
 
+#: What post-tuning trains for: the published denoising loss, or step distillation.
+Objective = Literal["denoise", "distill"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
 #: How two videos are arranged for comparison.
 Direction = Literal["side by side", "one above the other"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)

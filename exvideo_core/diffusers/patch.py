@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from ..choices import PositionMode
 from ..method import tensor_names
 from ..method.convolution import positional_convolution
-from ..method.extension import BlockWeights, Extension
+from ..method.extension import BlockWeights, Extension, FewSteps
 from ..method.positions import table_for
 from .names import TRANSFORMERS
 
@@ -162,12 +162,17 @@ def apply(
         unet.get_submodule(parent)[int(index)] = extended
 
 
-def collect(unet: UNetSpatioTemporalConditionModel, state: Mapping[str, torch.Tensor] | None = None) -> Extension:
+def collect(
+    unet: UNetSpatioTemporalConditionModel,
+    state: Mapping[str, torch.Tensor] | None = None,
+    few_steps: FewSteps | None = None,
+) -> Extension:
     """Collect the extension's weights from an extended UNet.
 
     Args:
         unet: a UNet with an extension.
         state: state dict to use instead of the UNet's own, such as a moving average or gathered shards.
+        few_steps: how to sample the extension, if it was distilled for few steps.
     """
     state = unet.state_dict() if state is None else state
     blocks = [
@@ -179,4 +184,4 @@ def collect(unet: UNetSpatioTemporalConditionModel, state: Mapping[str, torch.Te
         )
         for name in TRANSFORMERS
     ]
-    return Extension("trained", tuple(blocks))
+    return Extension("trained", tuple(blocks), few_steps)

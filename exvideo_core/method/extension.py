@@ -22,6 +22,43 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
+class FewSteps:
+    """How an extension is sampled that was distilled for few steps. Stored as metadata of its file.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: classifier-free guidance scale to sample with.
+        sampler: ComfyUI's name of the sampler.
+        scheduler: ComfyUI's name of the scheduler.
+    """
+
+    steps: int
+    guidance: float = 1.0
+    sampler: str = "euler"
+    scheduler: str = "sgm_uniform"
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> FewSteps | None:
+        """Read metadata. Returns None if there are no steps, or values that are not numbers."""
+        found = {name: metadata[key] for name, key in _FEW_STEPS.items() if key in metadata}
+        try:
+            steps, guidance = int(found["steps"]), float(found.get("guidance", cls.guidance))
+        except (KeyError, ValueError):
+            return None
+        return cls(steps, guidance, found.get("sampler", cls.sampler), found.get("scheduler", cls.scheduler))
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata to store."""
+        return {key: str(getattr(self, name)) for name, key in _FEW_STEPS.items()}
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps, CFG {self.guidance:g}, {self.sampler}, {self.scheduler}"
+
+
+_FEW_STEPS = {name: f"exvideo.{name}" for name in ("steps", "guidance", "sampler", "scheduler")}
+
+
+@dataclass(frozen=True)
 class BlockWeights:
     """Weights of one extended temporal block of width C.
 
@@ -45,10 +82,12 @@ class Extension:
     Attributes:
         name: file name, for messages.
         blocks: the 16 blocks, in the order of `tensor_names.SVD_TRANSFORMERS`.
+        few_steps: how to sample it, if it was distilled for few steps.
     """
 
     name: str
     blocks: tuple[BlockWeights, ...]
+    few_steps: FewSteps | None = None
 
     @property
     def frames(self) -> int:
@@ -71,7 +110,9 @@ class Extension:
         return self.blocks[0].positions.dtype
 
     @classmethod
-    def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Extension:
+    def from_tensors(
+        cls, name: str, tensors: Mapping[str, torch.Tensor], few_steps: FewSteps | None = None
+    ) -> Extension:
         """Build an extension from tensors that are named and shaped as in `tensor_names.extension_shapes`."""
         blocks = []
         for block in tensor_names.BLOCK_IDS:
@@ -84,7 +125,7 @@ class Extension:
                     shared={svd: tensors[prefix + ours] for ours, svd in tensor_names.SHARED_TENSORS.items()},
                 )
             )
-        return cls(name, tuple(blocks))
+        return cls(name, tuple(blocks), few_steps)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Extension:
@@ -121,7 +162,7 @@ class Extension:
                     f"contains NaN or infinite values in {name}.",
                     "Its training diverged, or the file is corrupted. Use another file.",
                 )
-        return cls.from_tensors(os.path.basename(path), tensors)
+        return cls.from_tensors(os.path.basename(path), tensors, FewSteps.from_metadata(header.metadata))
 
     @classmethod
     def untrained(
@@ -188,12 +229,13 @@ class Extension:
                     f"Not saved: {name} contains NaN, infinite values, or values too large for {dtype}. Choose a wider "
                     "dtype."
                 )
+        few_steps = self.few_steps.metadata() if self.few_steps else {}
         path = Path(path)
         part = begin(path)
         try:
             with explain_errors(path):
                 try:
-                    save_file(tensors, part, metadata={"format": "pt"})
+                    save_file(tensors, part, metadata={"format": "pt", **few_steps})
                 except SafetensorError as error:
                     raise _disk_error(error) from error
             finish(part, path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..choices import NoiseKind
+from ..choices import NoiseKind, Objective
 
 
 class ConfigError(ValueError):
@@ -42,6 +42,11 @@ class Config:
     train_convolution: bool = _setting(True, "train the 3-D convolutions")
     train_attention: bool = _setting(True, "train all other weights of the temporal blocks")
 
+    objective: Objective = _setting("denoise", "the published loss, or step distillation of the extension in init")
+    distill_steps: int = _setting(4, "denoising steps that the distilled extension needs")
+    distill_teacher_steps: int = _setting(50, "noise levels between which the teacher steps")
+    distill_guidance: float = _setting(1.0, "classifier-free guidance of the teacher (1: none; the reference's is 2)")
+    distill_decay: float = _setting(0.95, "decay of the target network per step")
     steps: int = _setting(20_000, "optimizer steps")
     batch: int = _setting(1, "clips per forward pass")
     accumulation: int = _setting(1, "gradient accumulation: batches per optimizer step and process")
@@ -87,7 +92,7 @@ class Config:
         if self.width % 64 or self.height % 64 or min(self.width, self.height) < 64:
             raise ConfigError(f"The size is {self.width}x{self.height}, but SVD needs multiples of 64.")
         for name in ("frames", "interval", "steps", "batch", "accumulation", "save_every", "ema_every", "log_every",
-                     "keep", "recycle_bank"):  # fmt: skip
+                     "keep", "recycle_bank", "distill_steps", "distill_teacher_steps"):  # fmt: skip
             minimum = 2 if name == "frames" else 1
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but has to be at least {minimum}.")
@@ -95,8 +100,13 @@ class Config:
             raise ConfigError(
                 "There is nothing to train. Enable train_positions, train_convolution or train_attention."
             )
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"ema is {self.ema}, but has to be at least 0 (off) and below 1.")
+        for name in ("ema", "distill_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but has to be at least 0 (off) and below 1.")
+        if self.objective == "distill" and not self.init:
+            raise ConfigError("init is not set. Distillation starts from a finished extension: set init to its file.")
+        if self.objective == "distill" and self.recycle:
+            raise ConfigError("recycle is for objective denoise. Set it to 0.")
         for name in ("noise_share", "recycle"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but has to be between 0 and 1.")

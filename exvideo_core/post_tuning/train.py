@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 
 from ..diffusers import checkpoint, patch
-from ..method.extension import Extension
+from ..method.extension import Extension, FewSteps
 from . import state
 from .config import Config, ConfigError
+from .distillation import Distillation, distillation_loss
 from .loss import denoise, post_tuning_loss
 from .recycling import ErrorBank
 from .report import Report
@@ -99,6 +100,8 @@ def train(config: Config) -> Path | None:
         bank = ErrorBank(config.recycle_bank, config.recycle, config.recycle_highest, scaling, config.seed)
         accelerator.register_for_checkpointing(bank)
 
+    distillation = _distillation(accelerator, unet, config) if config.objective == "distill" else None
+
     progress = state.Progress(ema=state.MovingAverage(config.ema))
     checkpoints = out / "checkpoints"
     if accelerator.is_main_process:
@@ -110,7 +113,7 @@ def train(config: Config) -> Path | None:
     report = Report(out, config, progress.step) if accelerator.is_main_process else None
     try:
         while progress.step < config.steps and not stop.received:
-            error, loss, norm = _step(accelerator, unet, optimizer, samples, bank, progress.step, config)
+            error, loss, norm = _step(accelerator, unet, optimizer, samples, bank, distillation, progress.step, config)
             progress.step += 1
             last = progress.step == config.steps
             if progress.step % config.ema_every == 0:
@@ -121,7 +124,7 @@ def train(config: Config) -> Path | None:
             if progress.step % config.save_every == 0 or last or stop.received:
                 state.save(accelerator, checkpoints, progress, config)
                 if not last:  # the last step exports below
-                    _export(accelerator, unet, progress, out)
+                    _export(accelerator, unet, progress, out, config)
             if report is not None and config.sample_every and progress.step % config.sample_every == 0:
                 report.sample(progress.step, svd, samples.videos[0])
                 unet.train()
@@ -133,7 +136,7 @@ def train(config: Config) -> Path | None:
             report.close()
     if progress.step < config.steps:
         return None
-    return _export(accelerator, unet, progress, out)
+    return _export(accelerator, unet, progress, out, config)
 
 
 def _prepare_samples(
@@ -222,6 +225,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     samples: Samples,
     bank: ErrorBank | None,
+    distillation: Distillation | None,
     step: int,
     config: Config,
 ) -> tuple[float, float, float]:
@@ -243,13 +247,20 @@ def _step(
         sample = Sample.batch([samples[clip] for clip in clips]).to(accelerator.device)
         if bank is not None:
             sample = bank.add_errors(sample, clips)
+        if distillation is not None:
+            sample, lower, end = distillation.place(sample)
         with accelerator.accumulate(unet):
             noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
             with accelerator.autocast():
                 denoised = denoise(unet, noisy, sample.sigma, sample.first, sample.embedding, sample.ids)
+                if distillation is not None:
+                    target = distillation.target(accelerator.unwrap_model(unet), noisy, sample, lower, end)
             if bank is not None:
                 bank.add(denoised, sample, clips)
-            error, loss = post_tuning_loss(denoised, sample.latents, sample.sigma, config.contrast)
+            if distillation is not None:
+                error, loss = distillation_loss(denoised, target, sample.sigma, end)
+            else:
+                error, loss = post_tuning_loss(denoised, sample.latents, sample.sigma, config.contrast)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -258,8 +269,29 @@ def _step(
             optimizer.step()
             optimizer.zero_grad()
         errors += torch.stack([error.detach(), loss.detach()]) / config.accumulation
+    if distillation is not None:
+        distillation.update(_trained(accelerator, unet))
     error, loss = accelerator.reduce(errors, "mean").tolist()
     return error, loss, norm
+
+
+def _distillation(accelerator: Accelerator, unet: torch.nn.Module, config: Config) -> Distillation:
+    """Teacher and target network of the extension that the run starts from.
+
+    Raises:
+        ConfigError: training is sharded.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError("objective distill cannot be sharded. Use several GPUs without FSDP and DeepSpeed.")
+    distillation = Distillation(
+        _trained(accelerator, unet),
+        config.distill_steps,
+        config.distill_teacher_steps,
+        config.distill_guidance,
+        config.distill_decay,
+    )
+    accelerator.register_for_checkpointing(distillation)
+    return distillation
 
 
 def _trained(accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -271,11 +303,14 @@ def _trained(accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, torch
     return {name: value for name, value in state_dict.items() if name in patch.EXTENSION_PARAMETERS}
 
 
-def _export(accelerator: Accelerator, unet: torch.nn.Module, progress: state.Progress, out: Path) -> Path:
+def _export(
+    accelerator: Accelerator, unet: torch.nn.Module, progress: state.Progress, out: Path, config: Config
+) -> Path:
     """Save the moving average, or the current weights before its first update, as an extension."""
     weights = progress.ema.values or _trained(accelerator, unet)
     path = out / "extension.safetensors"
     if accelerator.is_main_process:
-        patch.collect(accelerator.unwrap_model(unet), weights).save(path)
+        few_steps = FewSteps(config.distill_steps) if config.objective == "distill" else None
+        patch.collect(accelerator.unwrap_model(unet), weights, few_steps).save(path)
     accelerator.wait_for_everyone()
     return path

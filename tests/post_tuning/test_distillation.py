@@ -1,0 +1,225 @@
+"""Step distillation: its formulas written out, one step of a run, and what a run leaves."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+
+import pytest
+import torch
+
+from exvideo_core.method.extension import Extension, FewSteps
+from exvideo_core.post_tuning import distillation
+from exvideo_core.post_tuning.loss import sigma_ramp
+from training_run import Run
+
+SIZES = {"objective": "distill", "distill_steps": 3, "distill_teacher_steps": 10, "distill_guidance": 1.5}
+
+
+def test_phases_are_even_in_the_logarithm() -> None:
+    levels = distillation.phase_levels(4).tolist()
+    assert levels[0] == 700 and levels[-1] == 0
+    steps = [math.log(a / b) for a, b in zip(levels[:3], levels[1:4], strict=True)]
+    assert steps == pytest.approx([math.log(700 / 0.002) / 4] * 3)
+
+
+def test_every_level_of_the_teacher_belongs_to_the_phase_below_it() -> None:
+    levels, ends = distillation.path_levels(4, 12)
+    bounds = distillation.phase_levels(4).tolist()
+    expected = sorted({*bounds, *sigma_ramp(12).tolist()}, reverse=True)
+    assert levels.tolist() == expected
+    for level, lower, end in zip(levels[:-1].tolist(), levels[1:].tolist(), ends.tolist(), strict=True):
+        assert end == max(bound for bound in bounds if bound < level)
+        assert end <= lower < level
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+def test_the_target_is_the_formula(arrives: bool) -> None:
+    torch.manual_seed(0)
+    noisy = torch.randn(2, 3, 4, 2, 2)
+    sigma, lower, end = torch.tensor([8.0, 2.0]), torch.tensor([4.0, 1.0]), torch.tensor([0.5, 0.0])
+    if arrives:
+        end = lower.clone()
+
+    def teacher(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return 0.3 * x + level.view(-1, 1, 1, 1, 1)
+
+    def average(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return 0.2 * x - level.view(-1, 1, 1, 1, 1)
+
+    found = distillation.student_target(teacher, average, noisy, sigma, lower, end)
+    for clip in range(2):
+        s_n, s_next, s = float(sigma[clip]), float(lower[clip]), float(end[clip])
+        x = noisy[clip]
+        clean = 0.3 * x + s_n
+        stepped = clean + (x - clean) * s_next / s_n
+        predicted = 0.2 * stepped - s_next
+        left = stepped if arrives else predicted + (stepped - predicted) * s / s_next
+        # One Euler step of the student from x with the target as its prediction ends at the phase's end.
+        landed = found[clip] + (x - found[clip]) * s / s_n
+        torch.testing.assert_close(landed, left, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_solves_the_path_exactly_is_its_own_target(steps: int) -> None:
+    """Data of a unit Gaussian: D = x / (1 + sigma^2), and along the path x is proportional to sqrt(1 + sigma^2)."""
+    levels, ends = distillation.path_levels(steps, 4000)
+
+    def teacher(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return x / (1 + level.view(-1, 1, 1, 1, 1).square())
+
+    def exact(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """D with which one Euler step reaches the end of a level's phase."""
+        found = []
+        for own, sigma in zip(x, level.double().tolist(), strict=True):
+            end = max(e for e in ends.double().tolist() if e < sigma)
+            share = end / sigma
+            found.append(own * (math.sqrt((1 + end**2) / (1 + sigma**2)) - share) / (1 - share))
+        return torch.stack(found)
+
+    places = torch.tensor([10, 700, 1500, 2500, 3500])
+    sigma, lower, end = levels[places], levels[places + 1], ends[places]
+    noisy = torch.randn(5, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0)) * (1 + sigma.square()).sqrt().view(
+        -1, 1, 1, 1, 1
+    )
+    target = distillation.student_target(teacher, exact, noisy, sigma, lower, end)
+    torch.testing.assert_close(target, exact(noisy, sigma), rtol=1e-2, atol=1e-2)
+
+
+def test_the_loss_is_the_formula() -> None:
+    torch.manual_seed(0)
+    ours, target = torch.randn(2, 2, 4, 2, 2), torch.randn(2, 2, 4, 2, 2)
+    sigma, end = torch.tensor([8.0, 2.0]), torch.tensor([0.5, 0.0])
+    error, loss = distillation.distillation_loss(ours, target, sigma, end)
+    squares = [float((ours[i] - target[i]).square().mean()) * (1 - float(end[i] / sigma[i])) ** 2 for i in range(2)]
+    weights = [math.sqrt(1 + s * s) / s for s in (8.0, 2.0)]
+    assert float(error) == pytest.approx(sum(squares) / 2, rel=1e-5)
+    assert float(loss) == pytest.approx(sum(w * e for w, e in zip(weights, squares, strict=True)) / 2, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def teacher(base, videos, tmp_path_factory) -> Run:
+    """A short run of the published objective: the extension to distil."""
+    done = Run(base, videos, tmp_path_factory.mktemp("teacher"), steps=2)
+    done.finish()
+    return done
+
+
+@pytest.fixture
+def distil(teacher, run):
+    def make(name: str = "student", **settings: object) -> Run:
+        return run(name, init=teacher.out / "extension.safetensors", **{**SIZES, **settings})
+
+    return make
+
+
+def test_one_step_of_a_run_is_the_formulas(base, videos, teacher, distil) -> None:
+    from exvideo_core.diffusers import checkpoint, patch
+    from exvideo_core.post_tuning import config
+    from exvideo_core.post_tuning.samples import Encoder, Samples
+    from exvideo_core.post_tuning.selection import select
+    from exvideo_core.post_tuning.videos import scan
+
+    student = distil(steps=1)
+    student.finish()
+    settings = config.parse(student.arguments[2:])
+    svd = checkpoint.load(base)
+    folder = scan(videos, settings.span, 64, 64)
+    sample = Samples(folder.videos, settings, Encoder(svd.vae, svd.image_encoder), None)[0]
+    unet = svd.unet.train()
+    start = Extension.load(teacher.out / "extension.safetensors")
+    patch.apply(unet, start)
+    trained = [parameter for group in select(unet, True, True, True).values() for parameter in group]
+
+    def call(x: torch.Tensor, sigma: float, nothing: bool = False) -> torch.Tensor:
+        """D of EDM with SVD's v-prediction, written out."""
+        first, embedding = (torch.zeros_like(v) if nothing else v for v in (sample.first, sample.embedding))
+        scale = math.sqrt(1 + sigma * sigma)
+        given = torch.cat([x / scale, first[:, None].expand(-1, x.shape[1], -1, -1, -1)], dim=2)
+        velocity = unet(given, torch.tensor([0.25 * math.log(sigma)]), embedding, sample.ids, return_dict=False)[0]
+        return x / scale**2 - velocity * sigma / scale
+
+    levels, ends = distillation.path_levels(3, 10)
+    place = min(range(len(levels) - 1), key=lambda i: abs(math.log(float(levels[i]) / float(sample.sigma))))
+    sigma, lower, end = float(levels[place]), float(levels[place + 1]), float(ends[place])
+    noisy = sample.latents + sigma * sample.noise
+    with torch.no_grad():
+        negative = call(noisy, sigma, nothing=True)
+        clean = negative + 1.5 * (call(noisy, sigma) - negative)
+        stepped = clean + (noisy - clean) * lower / sigma
+        left = stepped
+        if lower > end:
+            predicted = call(stepped, lower)  # the target network is the student before its first step
+            left = predicted + (stepped - predicted) * end / lower
+        target = (left - noisy * end / sigma) / (1 - end / sigma)
+    error = (call(noisy, sigma) - target).square().mean() * (1 - end / sigma) ** 2
+    loss = error * math.sqrt(1 + sigma * sigma) / sigma
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, eps=1e-8)
+    loss.backward()
+    optimizer.step()
+
+    found = student.checkpoint()
+    names = {name: value for name, value in unet.named_parameters() if name in found}
+    before = {id(parameter): name for name, parameter in names.items()}
+    assert len(before) == len(trained) == len(found)
+    with torch.no_grad():
+        moved = sum(float((names[name] - value).square().sum()) for name, value in patched(base, start).items())
+        apart = sum(float((names[name] - value).square().sum()) for name, value in found.items())
+    assert moved > 0 and math.sqrt(apart / moved) < 0.02
+
+
+def patched(base, extension: Extension) -> dict[str, torch.Tensor]:
+    """An extension's weights under their names in the UNet."""
+    from exvideo_core.diffusers import checkpoint, patch
+
+    unet = checkpoint.load(base).unet
+    patch.apply(unet, extension)
+    return {name: value for name, value in unet.state_dict().items() if name in patch.EXTENSION_PARAMETERS}
+
+
+def test_the_file_says_how_to_sample_it_and_the_teacher_stays(teacher, distil) -> None:
+    before = (teacher.out / "extension.safetensors").read_bytes()
+    student = distil()
+    student.finish()
+    made = Extension.load(student.out / "extension.safetensors")
+    assert made.few_steps == FewSteps(3, 1.0, "euler", "sgm_uniform")
+    assert Extension.load(teacher.out / "extension.safetensors").few_steps is None
+    assert (teacher.out / "extension.safetensors").read_bytes() == before
+
+
+def test_a_killed_run_ends_with_the_same_weights(distil) -> None:
+    whole, again = distil("whole", save_every=1), distil("again", save_every=1)
+    whole.finish()
+    process = again.start(quiet=True)
+    deadline = time.monotonic() + 300
+    while not list((again.out / "checkpoints").glob("step-????????")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again.finish()
+    first, second = whole.checkpoint(), again.checkpoint()
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def test_the_target_network_follows_the_student() -> None:
+    weights = {"a": torch.zeros(2)}
+    made = distillation.Distillation(weights, 2, 5, 1.0, 0.75)
+    made.update({"a": torch.ones(2)})
+    made.update({"a": torch.ones(2)})
+    assert made.average["a"].tolist() == [0.4375] * 2 and made.teacher["a"].tolist() == [0, 0]
+    other = distillation.Distillation(weights, 2, 5, 1.0, 0.75)
+    other.load_state_dict(made.state_dict())
+    assert other.average["a"].equal(made.average["a"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"init": ""}, "Distillation starts from a finished extension"), ({"recycle": 0.5}, "recycle is for objective"),
+     ({"distill_steps": 0}, "distill_steps is 0"), ({"distill_decay": 1.0}, "distill_decay is 1.0")],
+)  # fmt: skip
+def test_settings_that_do_not_go_together(changes, message) -> None:
+    from exvideo_core.post_tuning.config import Config, ConfigError
+
+    with pytest.raises(ConfigError, match=message):
+        Config(**{"base": "b", "data": "d", "out": "o", "init": "e", "objective": "distill", **changes}).check()
