@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import folder_paths
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 
 from .folders import KEY, checkpoint_names, checkpoint_path, find_checkpoint, fingerprint
 from .types import ExtensionSocket
@@ -73,4 +73,7 @@ class ExVideoLoader(io.ComfyNode):
     def execute(cls, extension_name: str) -> io.NodeOutput:
         from ..exvideo_core.method.extension import Extension
 
-        return io.NodeOutput(Extension.load(folder_paths.get_full_path_or_raise(KEY, extension_name)))
+        extension = Extension.load(folder_paths.get_full_path_or_raise(KEY, extension_name))
+        if extension.few_steps is None:
+            return io.NodeOutput(extension)
+        return io.NodeOutput(extension, ui=ui.PreviewText(f"Distilled for {extension.few_steps}"))

@@ -32,6 +32,7 @@ def _extension(path: Path) -> list[str]:
     extension = Extension.load(path)
     return [
         f"ExVideo extension for SVD, {extension.frames} frames, {extension.dtype}",
+        *([f"distilled for {extension.few_steps}"] if extension.few_steps else []),
         f"block widths {format_widths(extension.widths)}, image embedding {extension.context_dim}",
         "Load ExVideo Extension reads it from models/exvideo, ExVideo Apply applies it to an SVD model of these widths",
     ]

@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 
 #: The order of our own wrappers of a sampling. They stay outside of the windows, which run one sampling each;
 #: everyone else's wrappers stay inside.
-_OUTSIDE_WINDOWS = ("exvideo", "exvideo_preview", "exvideo_recording", "exvideo_windows")
+_OUTSIDE_WINDOWS = ("exvideo", "exvideo_few_steps", "exvideo_preview", "exvideo_recording", "exvideo_windows")
 
 if TYPE_CHECKING:
     import torch

@@ -40,6 +40,8 @@ def extension_chart(extension: Extension, distances: Sequence[Distance], block: 
     dtype = str(extension.dtype).removeprefix("torch.")
     draw.text((_MARGIN, _LINE // 2), extension.name, _INK, _font(_TITLE))
     facts = f"{extension.frames} frames, blocks {format_widths(extension.widths)} wide, {dtype}"
+    if extension.few_steps is not None:
+        facts += f", distilled for {extension.few_steps}"
     draw.text((_MARGIN, _LINE // 2 + _LINE + 4), facts, _INK, _font(_TEXT))
 
     table = extension.blocks[block].positions.float()

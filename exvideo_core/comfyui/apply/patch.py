@@ -47,6 +47,7 @@ from ..model import (
     find_transformers,
     original_module,
 )
+from ..sampling.few_steps import add_settings_check
 from ..sampling.preview import add_preview
 from .merges import PatchOrder
 from .transformer import ExtendedVideoTransformer
@@ -104,6 +105,8 @@ def apply_extension(
     added = sum(comfy.model_management.module_size(layer.positional_conv) for layer in layers.values())
     patched.size = model.model_size() + added
     set_memory_settings(patched, MemorySettings())
+    if extension.few_steps is not None:
+        add_settings_check(patched, extension.name, extension.few_steps)
     add_preview(patched)
     patched.set_attachments(ATTACHMENT, applied)
     patched.add_callback_with_key(CallbacksMP.ON_CLONE, ATTACHMENT, _LayersOfClones(extension, applied))
