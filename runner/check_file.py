@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exvideo_core.files.safetensors_header import Header, ModelFileError, read_header
 from exvideo_core.method import cogvideox, lora, tensor_names
-from exvideo_core.method.extension import Extension, format_widths
+from exvideo_core.method.extension import Extension, format_widths, guess_kind
 
 _SHOWN = 3
 
@@ -25,6 +25,9 @@ def describe(path: Path) -> list[str]:
     names = [name for name in header.shapes if ".lora_" not in name]
     if names and all(map(cogvideox.host_name, names)):
         return _transformer(path)
+    kind = guess_kind(header.shapes)
+    if "SVD checkpoint" in kind:
+        return [f"{kind}, {len(header.shapes)} tensors, {_dtypes(header)}", "Load SVD Checkpoint (ExVideo) reads it"]
     return _lora(lora.read(path))
 
 

@@ -289,7 +289,7 @@ def _check_layout(path: str | os.PathLike[str], names: Mapping[str, str], header
     shapes = {name: header.shapes[stored] for name, stored in names.items()}
     biases = [f"blocks.{block}.{tensor_names.CONV_BIAS}" for block in tensor_names.BLOCK_IDS]
     if not any(name.endswith(tensor_names.POSITIONS) for name in shapes):
-        raise ModelFileError(path, f"is {_guess_kind(shapes)}, not an ExVideo extension.", _SOURCE)
+        raise ModelFileError(path, f"is {guess_kind(shapes)}, not an ExVideo extension.", _SOURCE)
 
     def probe(name: str, dims: int, axis: int) -> int:
         shape = shapes.get(name, ())
@@ -326,7 +326,7 @@ def _check_layout(path: str | os.PathLike[str], names: Mapping[str, str], header
             )
 
 
-def _guess_kind(shapes: Mapping[str, object]) -> str:
+def guess_kind(shapes: Mapping[str, object]) -> str:
     """Guess from its tensor names what kind of model a file contains."""
     if any(re.match(r"(model\.)?diffusion_model\..*time_stack", name) for name in shapes):
         return "an SVD checkpoint (it belongs in models/checkpoints)"

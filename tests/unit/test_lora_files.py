@@ -134,6 +134,13 @@ def test_check_tells_what_a_transformer_is(tmp_path: Path, capsys, monkeypatch) 
     assert "time_embedding.linear_1.weight (2,) -> time_embedding_linear_1.weight" in text and "(1 file)" in text
 
 
+def test_check_tells_what_a_checkpoint_is(capsys, monkeypatch) -> None:
+    from small_model import recipe
+
+    code, text = described(recipe.CHECKPOINT, capsys, monkeypatch)
+    assert code == 0 and "an SVD checkpoint (it belongs in models/checkpoints), 1728 tensors, F16" in text
+
+
 def test_check_tells_what_is_wrong(tmp_path: Path, capsys, monkeypatch) -> None:
     path = write({"a": torch.ones(1)}, tmp_path, "a.safetensors")
     code, text = described(path, capsys, monkeypatch)
