@@ -38,6 +38,9 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(app) -> None
     "name", [pytest.param(name, marks=() if name == "exvideo_quickstart" else nightly) for name in NAMES]
 )
 def test_a_template_loads_with_nothing_missing(app, name: str) -> None:
+    known = app.page.evaluate("Object.keys(LiteGraph.registered_node_types)")
+    if name == "exvideo_cogvideox" and "VOIDSampler" not in known:
+        pytest.skip("this ComfyUI has no CogVideoX (0.33 has)")
     app.load_template(name)
     assert sorted(app.nodes()) == graph(name)
     assert app.missing() == []
