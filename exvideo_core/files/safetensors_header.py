@@ -15,7 +15,11 @@ class ModelFileError(ValueError):
     """A model file cannot be used. The message names the file, the problem and the remedy."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str, remedy: str) -> None:
-        super().__init__(f"'{os.path.basename(path)}' {problem} {remedy}")
+        super().__init__(path, problem, remedy)  # all arguments, so that processes can pass it on
+
+    def __str__(self) -> str:
+        path, problem, remedy = self.args
+        return f"'{os.path.basename(path)}' {problem} {remedy}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import json
 import struct
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 import random_model
 from exvideo_core.comfyui.checkpoint.load import load_checkpoint
-from exvideo_core.comfyui.checkpoint.validate import CLIP, UNET, VAE, clip_vision_weights, read_sizes
+from exvideo_core.comfyui.checkpoint.validate import CLIP, UNET, VAE, _Multiple, clip_vision_weights, read_sizes
 from exvideo_core.files.safetensors_header import ModelFileError, read_header
 
 
@@ -110,6 +111,22 @@ def test_further_tensors_do_no_harm(tmp_path, content) -> None:
     save_file({**tensors, "model_ema.decay": torch.zeros(1), f"{VAE}quant_conv.bias": torch.zeros(8)}, path, metadata)
     model, _, _ = load_checkpoint(str(path))
     assert model.model.diffusion_model.state_dict()["out.2.bias"].equal(tensors[f"{UNET}out.2.bias"])
+
+
+def test_levels_may_be_narrower_than_the_first(tmp_path, monkeypatch) -> None:
+    halves = [1, 1, _Multiple(0.5), _Multiple(0.5)]
+    monkeypatch.setitem(random_model.UNET, "model_channels", 64)
+    monkeypatch.setitem(random_model.UNET, "channel_mult", halves)
+    path, _ = random_model.make(tmp_path)
+    model, _, _ = loaded = load_checkpoint(str(path))
+    unet = model.model.diffusion_model
+    assert [unet.input_blocks[block][0].out_channels for block in (1, 4, 7, 10)] == [64, 64, 32, 32]
+    with safe_open(path, framework="pt") as file:
+        for name, value in unet.state_dict().items():
+            assert value.equal(file.get_tensor(UNET + name).to(value)), name
+    assert all(torch.isfinite(result).all() for result in results(loaded))
+    config = model.model.model_config.unet_config
+    assert copy.deepcopy(config)["channel_mult"] == halves
 
 
 def weights(loaded) -> dict[str, torch.Tensor]:

@@ -85,7 +85,7 @@ def read_sizes(path: str, header: Header) -> Sizes:
         detected = comfy.model_detection.detect_unet_config(metas, UNET)
         parts = {"UNet": _part(metas, UNET), "VAE": _part(metas, VAE), "CLIP vision model": clip_vision_weights(metas)}
         heads = {key: int(value) for key, value in heads.items()}
-        unet = {**detected, "num_head_channels": heads[HEAD_CHANNELS]}
+        unet = {**detected, "num_head_channels": heads[HEAD_CHANNELS], "channel_mult": _multiples(parts["UNet"])}
         vae = _vae_sizes(parts["VAE"])
         clip_vision = _clip_vision_sizes(parts["CLIP vision model"], heads[CLIP_HEADS])
         sizes = Sizes(unet, vae, clip_vision, _is_published(detected, heads[HEAD_CHANNELS], vae, clip_vision))
@@ -200,6 +200,30 @@ def _is_published(
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+class _Multiple(float):
+    """Width of a level as a multiple of the first level's. ComfyUI's class needs integers as products of channels."""
+
+    def __mul__(self, channels: float) -> int:  # type: ignore[override]
+        return round(float(self) * channels)
+
+    __rmul__ = __mul__
+
+
+def _multiples(tensors: Mapping[str, torch.Tensor]) -> list[float]:
+    """Width of each level of the UNet as a multiple of the first one's, which ComfyUI only detects from 1 up."""
+    first = tensors["input_blocks.0.0.weight"].shape[0]
+    found: list[float] = []
+    begins = True
+    for block in range(1, len({name.split(".")[1] for name in tensors if name.startswith("input_blocks.")})):
+        if f"input_blocks.{block}.0.op.weight" in tensors:
+            begins = True
+        elif begins:
+            width = tensors[f"input_blocks.{block}.0.out_layers.3.weight"].shape[0]
+            found.append(width // first if width % first == 0 else _Multiple(width / first))
+            begins = False
+    return found
 
 
 def _vae_sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
