@@ -22,14 +22,11 @@ FUSES: tuple[Fuse, ...] = get_args(Fuse)
 Anchor = Literal["window start", "first picture", "none"]
 ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
 
-
 #: How post-tuning draws noise levels: from the published ramp, from an interval, or log-normally.
 NoiseKind = Literal["ramp", "interval", "lognormal"]
-NOISE_KINDS: tuple[NoiseKind, ...] = get_args(NoiseKind)
 
 #: What post-tuning trains for: the published denoising loss, or step distillation.
 Objective = Literal["denoise", "distill"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 #: How two videos are arranged for comparison.
 Direction = Literal["side by side", "one above the other"]

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 import comfy.lora
 import comfy.model_base
 
-from ..method.lora import COGVIDEOX, WAN, LoraFile
+from ..method.lora import COGVIDEOX, LoraFile, listed
 from . import cogvideox
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-
-_SHOWN = 3
 
 
 def apply_lora(model: ModelPatcher, lora: LoraFile, strength: float) -> ModelPatcher:
@@ -28,15 +26,18 @@ def apply_lora(model: ModelPatcher, lora: LoraFile, strength: float) -> ModelPat
         ValueError: the LoRA is for another model.
     """
     _check_family(model, lora)
-    patched = cogvideox.with_reference_positions(model) if lora.family is COGVIDEOX else model.clone()
     _check_shapes(model, lora)
+    patched = cogvideox.with_reference_positions(model) if lora.family is COGVIDEOX else model.clone()
     if strength:
         tensors = lora.tensors()
         loaded = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
         applied = set(patched.add_patches(loaded, strength))
         lost = [module for module in lora.pairs if f"diffusion_model.{module}.weight" not in applied]
         if lost:
-            raise ValueError(f"ComfyUI did not apply the LoRA '{lora.name}' to {_listed(lost)}. {_report()}")
+            raise ValueError(
+                f"ComfyUI did not apply the LoRA '{lora.name}' to {listed(lost)}. Please report this with the versions "
+                "of ComfyUI and of this pack."
+            )
     return patched
 
 
@@ -50,16 +51,13 @@ def _check_family(model: ModelPatcher, lora: LoraFile) -> None:
     if not isinstance(model.model, kind):
         raise ValueError(
             f"The LoRA '{lora.name}' is for {lora.family.name}, but the model is a {type(model.model).__name__}. "
-            f"Load {_WANTED[lora.family.name]}."
+            f"Load {lora.family.published}."
         )
     if lora.family is COGVIDEOX and not cogvideox.is_first_version(model):
         raise ValueError(
             f"The LoRA '{lora.name}' is for {lora.family.name}, but the model is a CogVideoX 1.5, a CogVideoX-2B or "
-            f"one of their variants. Load {_WANTED[lora.family.name]}."
+            f"one of their variants. Load {lora.family.published}."
         )
-
-
-_WANTED = {COGVIDEOX.name: "CogVideoX-5B (THUDM/CogVideoX-5b)", WAN.name: "Wan 2.1 T2V 1.3B"}
 
 
 def _check_shapes(model: ModelPatcher, lora: LoraFile) -> None:
@@ -68,21 +66,12 @@ def _check_shapes(model: ModelPatcher, lora: LoraFile) -> None:
     missing = [module for module, name in names.items() if name not in shapes]
     if missing:
         raise ValueError(
-            f"The LoRA '{lora.name}' does not fit this model, which has no {_listed(missing)}. Load "
-            f"{_WANTED[lora.family.name]}."
+            f"The LoRA '{lora.name}' does not fit this model, which has no {listed(missing)}. Load "
+            f"{lora.family.published}."
         )
     for module, pair in lora.pairs.items():
         if shapes[names[module]] != pair.shape:
             raise ValueError(
                 f"The LoRA '{lora.name}' does not fit this model: for {module}, it changes a weight of "
-                f"{pair.shape}, the model has {shapes[names[module]]}. Load {_WANTED[lora.family.name]}."
+                f"{pair.shape}, the model has {shapes[names[module]]}. Load {lora.family.published}."
             )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _report() -> str:
-    return "Please report this with the versions of ComfyUI and of this pack."

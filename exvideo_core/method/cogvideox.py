@@ -69,7 +69,8 @@ def crop_region(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int
     return (top, top + resized[0]), (left, left + resized[1])
 
 
-_BLOCK_MODULES: Mapping[str, str] = {
+#: Layers of a transformer block, by diffusers' names -> ComfyUI's.
+BLOCK_MODULES: Mapping[str, str] = {
     "attn1.norm_q": "norm_q",
     "attn1.norm_k": "norm_k",
     "attn1.to_q": "q",
@@ -90,7 +91,7 @@ def host_name(name: str) -> str | None:
     """ComfyUI's name of a tensor of diffusers' `CogVideoXTransformer3DModel`, or None if it has no such tensor."""
     match = _DIFFUSERS.fullmatch(name)
     if match is not None:
-        module = _BLOCK_MODULES.get(match["module"])
+        module = BLOCK_MODULES.get(match["module"])
         return None if module is None else f"blocks.{match['block']}.{module}.{match['parameter']}"
     name = re.sub(r"^(time|ofs)_embedding\.linear_", r"\1_embedding_linear_", name)
     known = ("patch_embed.", "time_embedding_linear_", "ofs_embedding_linear_", "norm_final.", "norm_out.", "proj_out.")
@@ -126,6 +127,6 @@ def check_diffusers_transformer(path: str | os.PathLike[str]) -> Header:
     if unknown:
         raise ModelFileError(
             path, f"is not a CogVideoX transformer in diffusers' layout: it contains {unknown[0]}.", "Use the files in "
-            "the folder transformer of THUDM/CogVideoX-5b, or load other layouts with Load Diffusion Model.",
+            "the folder transformer of zai-org/CogVideoX-5b, or load other layouts with Load Diffusion Model.",
         )  # fmt: skip
     return header

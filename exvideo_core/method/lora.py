@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..files.safetensors_header import Header, ModelFileError, read_header
 from . import tensor_names
+from .cogvideox import BLOCK_MODULES
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class Family:
 
     Attributes:
         name: of the model, for messages.
+        published: the published model, for messages.
         blocks: number of transformer blocks of the published model.
         width: of its blocks.
         block_modules: linear layers of a transformer block -> their names in ComfyUI.
@@ -41,6 +43,7 @@ class Family:
     """
 
     name: str
+    published: str
     blocks: int
     width: int
     block_modules: Mapping[str, str]
@@ -57,15 +60,15 @@ class Family:
 
 def _cogvideox() -> Family:
     """Names of DiffSynth's `CogDiT`, of diffusers' `CogVideoXTransformer3DModel`, and ComfyUI's own."""
-    block = {f"attn1.to_{name}": name for name in "qkv"}
-    block |= {"attn1.to_out": "attn_out", "attn1.to_out.0": "attn_out"}
-    block |= {"ff.0": "ff_proj", "ff.net.0.proj": "ff_proj", "ff.2": "ff_out", "ff.net.2": "ff_out"}
-    block |= {f"norm{number}.linear": f"norm{number}.linear" for number in (1, 2)}
+    norms = ("norm_q", "norm_k", ".norm")
+    block = {theirs: ours for theirs, ours in BLOCK_MODULES.items() if not theirs.endswith(norms)}
+    block |= {"attn1.to_out": "attn_out", "ff.0": "ff_proj", "ff.2": "ff_out"}
     other = {"context_embedder": "patch_embed.text_proj", "norm_out.linear": "norm_out.linear", "proj_out": "proj_out"}
     for number, place in ((1, 0), (2, 2)):
         other[f"time_embedder.timestep_embedder.{place}"] = f"time_embedding_linear_{number}"
         other[f"time_embedding.linear_{number}"] = f"time_embedding_linear_{number}"
-    return Family("CogVideoX-5B", 42, 3072, {**block, **_same(block)}, {**other, **_same(other)})
+    source = "CogVideoX-5B (zai-org/CogVideoX-5b)"
+    return Family("CogVideoX-5B", source, 42, 3072, {**block, **_same(block)}, {**other, **_same(other)})
 
 
 def _wan() -> Family:
@@ -73,7 +76,7 @@ def _wan() -> Family:
     block = [f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"]
     other = [f"{embedding}_embedding.{place}" for embedding in ("text", "time") for place in (0, 2)]
     return Family(
-        "Wan 2.1", 30, 1536, {name: name for name in (*block, "ffn.0", "ffn.2")},
+        "Wan 2.1", "Wan 2.1 T2V 1.3B", 30, 1536, {name: name for name in (*block, "ffn.0", "ffn.2")},
         {name: name for name in (*other, "time_projection.1", "head.head")},
     )  # fmt: skip
 
@@ -175,17 +178,17 @@ def read(path: str | os.PathLike[str]) -> LoraFile:
         )  # fmt: skip
     halves, others = _split(header)
     if not halves:
-        raise ModelFileError(path, f"is not a LoRA that this node knows: it contains {_listed(others)}.", _SOURCE)
+        raise ModelFileError(path, f"is not a LoRA that this node knows: it contains {listed(others)}.", _SOURCE)
     modules = [module for module, _ in halves.values()]
     family = max(FAMILIES, key=lambda each: sum(each.host_module(module) is not None for module in modules))
     unknown = [name for name, (module, _) in halves.items() if family.host_module(module) is None]
     if len(unknown) == len(halves):
         wanted = " or ".join(each.name for each in FAMILIES)
-        raise ModelFileError(path, f"is a LoRA of another model than {wanted}: {_listed(unknown)}.", _SOURCE)
+        raise ModelFileError(path, f"is a LoRA of another model than {wanted}: {listed(unknown)}.", _SOURCE)
     if unknown or others:
         raise ModelFileError(
             path,
-            f"is a LoRA of {family.name}, but also contains {_listed(sorted(unknown + others))}.",
+            f"is a LoRA of {family.name}, but also contains {listed(sorted(unknown + others))}.",
             "Without these, the result would be a different one. Download the file again, or report these names.",
         )
     return LoraFile(os.fspath(path), family, _pairs(path, family, halves, header), header)
@@ -229,6 +232,7 @@ def _pairs(
     return pairs
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(names[:_SHOWN]) or "nothing") + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,13 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
     torch.save(tensors(), tmp_path / "lora.safetensors")
     with pytest.raises(ModelFileError, match="is a PyTorch pickle"):
         lora.read(tmp_path / "lora.safetensors")
+
+
+def test_an_error_passes_from_one_process_to_another(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError) as caught:
+        lora.read(write({}, tmp_path))
+    passed = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+    assert str(passed) == str(caught.value) and type(passed) is ModelFileError
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
