@@ -144,12 +144,23 @@ class Distillation:
         return replace(sample, sigma=levels[nearest]), levels[nearest + 1], self.ends.to(sample.sigma)[nearest]
 
     @torch.no_grad()
-    def target(self, unet: torch.nn.Module, noisy: torch.Tensor, sample: Sample, lower: torch.Tensor,
-               end: torch.Tensor) -> torch.Tensor:  # fmt: skip
-        """`student_target` of a batch, whose `sigma` is one of the teacher's noise levels [B, T, 4, H, W]."""
-        teacher, average = (_with_weights(unet, weights) for weights in (self.teacher, self.average))
+    def target(
+        self,
+        with_weights: Callable[[Mapping[str, torch.Tensor]], VideoUNet],
+        noisy: torch.Tensor,
+        sample: Sample,
+        lower: torch.Tensor,
+        end: torch.Tensor,
+    ) -> torch.Tensor:
+        """`student_target` of a batch, whose `sigma` is one of the teacher's noise levels [B, T, 4, H, W].
+
+        Args:
+            with_weights: a UNet with other weights, to be called before this function is called again.
+            noisy, sample, lower, end: as for `student_target` and `place`.
+        """
 
         def guided(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            teacher = with_weights(self.teacher)
             positive = denoise(teacher, x, sigma, sample.first, sample.embedding, sample.ids)
             if self.guidance == 1:
                 return positive
@@ -158,7 +169,7 @@ class Distillation:
             return negative + self.guidance * (positive - negative)
 
         def averaged(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return denoise(average, x, sigma, sample.first, sample.embedding, sample.ids)
+            return denoise(with_weights(self.average), x, sigma, sample.first, sample.embedding, sample.ids)
 
         return student_target(guided, averaged, noisy, sample.sigma, lower, end)
 
@@ -178,10 +189,14 @@ class Distillation:
             value.copy_(state[name])
 
 
-def _with_weights(unet: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> VideoUNet:
-    """A UNet with other weights in place of its own, for one call at a time."""
+def with_weights(unet: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> VideoUNet:
+    """A UNet with other weights in place of its own, for one call at a time, in the type of these weights."""
+    dtype = next(iter(weights.values())).dtype
 
-    def call(*arguments: torch.Tensor, **options: object) -> tuple[torch.Tensor]:
-        return torch.func.functional_call(unet, dict(weights), arguments, options)
+    def call(
+        sample: torch.Tensor, timestep: torch.Tensor, embedding: torch.Tensor, ids: torch.Tensor, return_dict: bool
+    ) -> tuple[torch.Tensor]:
+        arguments = sample.to(dtype), timestep, embedding.to(dtype), ids
+        return torch.func.functional_call(unet, dict(weights), arguments, {"return_dict": return_dict})
 
     return call

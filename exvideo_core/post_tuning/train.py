@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from ..diffusers import checkpoint, patch
 from ..method.extension import Extension, FewSteps
 from . import state
 from .config import Config, ConfigError
-from .distillation import Distillation, distillation_loss
+from .distillation import Distillation, distillation_loss, with_weights
 from .loss import denoise, post_tuning_loss
 from .recycling import ErrorBank
 from .report import Report
@@ -254,7 +255,8 @@ def _step(
             with accelerator.autocast():
                 denoised = denoise(unet, noisy, sample.sigma, sample.first, sample.embedding, sample.ids)
                 if distillation is not None:
-                    target = distillation.target(accelerator.unwrap_model(unet), noisy, sample, lower, end)
+                    other = partial(with_weights, accelerator.unwrap_model(unet))
+                    target = distillation.target(other, noisy, sample, lower, end)
             if bank is not None:
                 bank.add(denoised, sample, clips)
             if distillation is not None:

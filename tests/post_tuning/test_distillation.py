@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from exvideo_core.method.extension import Extension, FewSteps
 from exvideo_core.post_tuning import distillation
 from exvideo_core.post_tuning.loss import sigma_ramp
+from exvideo_core.post_tuning.samples import Sample
 from training_run import Run
 
 SIZES = {"objective": "distill", "distill_steps": 3, "distill_teacher_steps": 10, "distill_guidance": 1.5}
@@ -200,6 +202,44 @@ def test_a_killed_run_ends_with_the_same_weights(distil) -> None:
     again.finish()
     first, second = whole.checkpoint(), again.checkpoint()
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def test_teacher_and_target_network_predict_with_their_own_weights() -> None:
+    class Unet(torch.nn.Module):
+        """Velocity: the noisy latents times a weight, plus the first frame."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(9.0))
+
+        def forward(self, sample: torch.Tensor, *_: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+            return (self.gain * sample[:, :, :4] + sample[:, :, 4:],)
+
+    torch.manual_seed(0)
+    shape, sigma, lower, end = (1, 2, 4, 2, 2), 8.0, 4.0, 0.5
+    noisy, first = torch.randn(shape), torch.randn(1, 4, 2, 2)
+    sample = Sample(
+        latents=torch.zeros(shape), noise=noisy, sigma=torch.tensor([sigma]), first=first,
+        embedding=torch.zeros(1, 1, 3), ids=torch.zeros(1, 3),
+    )  # fmt: skip
+    found = distillation.Distillation({"gain": torch.tensor(0.3)}, 2, 10, guidance=2.0, decay=0.5)
+    found.update({"gain": torch.tensor(0.7)})  # the target network's weight becomes 0.5
+    unet = Unet()
+    target = found.target(
+        partial(distillation.with_weights, unet), noisy, sample, torch.tensor([lower]), torch.tensor([end])
+    )
+
+    def clean(x: torch.Tensor, level: float, gain: float, condition: torch.Tensor) -> torch.Tensor:
+        spread = math.sqrt(level**2 + 1)
+        return x / spread**2 - (gain * x / spread + condition) * level / spread
+
+    negative, positive = clean(noisy, sigma, 0.3, 0 * first[:, None]), clean(noisy, sigma, 0.3, first[:, None])
+    guided = negative + 2 * (positive - negative)
+    stepped = guided + (noisy - guided) * lower / sigma
+    predicted = clean(stepped, lower, 0.5, first[:, None])
+    left = predicted + (stepped - predicted) * end / lower
+    torch.testing.assert_close(target, (left - noisy * end / sigma) / (1 - end / sigma), rtol=1e-4, atol=1e-5)
+    assert unet.gain == 9
 
 
 def test_the_target_network_follows_the_student() -> None:
