@@ -25,6 +25,7 @@ from runner.hosts import PACK, Host, find_hosts, is_host
 #: Benchmarks, by name.
 BENCHMARKS = {
     "cards": "which sizes fit on which card; with --real, run time and memory on this machine's card",
+    "drift": "whether videos of many windows drift",
     "fuzz": "how the loaders handle corrupted files",
     "growth": "run time and memory of a call over the number of frames",
     "length": "videos longer than the trained length",
@@ -35,11 +36,12 @@ BENCHMARKS = {
     "preview": "run time of animated previews",
     "soak": "hundreds of prompts on one server, with cancellations and errors",
     "speed": "run time of a call, compared with the reference",
+    "steps": "quality over calls of the UNet: samplers, schedules, guidance, caches, few steps",
     "work": "operations and bytes of a call on a GPU, compared with the reference",
 }
 HOSTLESS_BENCHMARKS = ("method",)
 #: Benchmarks with plots, which are drawn in an environment that has matplotlib.
-DRAWN = ("growth", "memory")
+DRAWN = ("growth", "memory", "steps")
 NO_HOST = "no ComfyUI found. Set COMFYUI_PATH to its folder, or install one: pip install comfy-cli && comfy install"
 NONE_USABLE = "none of the ComfyUIs found can run: see the lines above."
 

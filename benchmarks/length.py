@@ -1,40 +1,27 @@
 """Beyond the trained length: windows compared to stretched and repeated positions, on the small model in ComfyUI.
 
-    python run.py bench length [--clips 6] [--frames 192 256]
+    python run.py bench length [--clips 6] [--frames 256]
 
-In the small model's world, only a video's first frame determines in which direction its shapes start, so that only the
-first window can follow the true path. The results show how consistent videos are, not whether shapes are in the right
-place.
+In the small model's world, a picture does not show in which direction its shapes move: only windows that share frames
+can agree on it. The results show how consistent videos are.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import replace
 
 import numpy as np
-import torch
 
 from small_model import measure, recipe, world
 
 from . import report
+from .long_videos import FADE, OVERLAP, WINDOW, Maker, Row, make_all
 from .method_measures import interval
 
-STEPS = 8
-WINDOW, OVERLAP = 128, 32  # the defaults of ExVideo Windows
-FADE = 3  # faded keyframes of a continued video
+STEPS = 15
 _NEAR_WALL = 0.01
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method: windows with the given settings, or else a position mode."""
-
-    name: str
-    positions: str = "trained"
-    windows: dict[str, object] | None = None
 
 
 def rows() -> list[Row]:
@@ -47,60 +34,13 @@ def rows() -> list[Row]:
     for fuse, anchor, noise in kinds:
         name = f"{fuse}, {anchor}{', freenoise' if noise else ''}"
         found.append(Row(name, windows={"fuse": fuse, "anchor": anchor, "freenoise": noise}))
+    found += [Row(f"FreeLong, {mode}", mode, freelong=True) for mode in ("stretch", "repeat")]
+    # Three quarters of a window, as in FreeNoise's own setting of 16 frames at a stride of 4.
+    as_published = {"fuse": "pyramid", "anchor": "first picture", "freenoise": True, "overlap": 3 * WINDOW // 4}
+    found.append(Row("FreeNoise as published", windows=as_published))
+    for noise in (False, True):
+        found.append(Row(f"ComfyUI context windows{', freenoise' if noise else ''}", host_windows={"freenoise": noise}))
     return found
-
-
-class Maker:
-    """Generates videos with the small model in ComfyUI."""
-
-    def __init__(self) -> None:
-        import_module("benchmarks.unets")  # adds ComfyUI to the path
-
-        from exvideo_core.comfyui.checkpoint.load import load_checkpoint
-        from exvideo_core.method.extension import Extension
-
-        self.model, self.clip_vision, self.vae = load_checkpoint(str(recipe.CHECKPOINT))
-        self.extension = Extension.load(recipe.EXTENSION)
-
-    def video(self, row: Row, index: int, frames: int, keyframes: np.ndarray | None = None) -> np.ndarray:
-        """Generate a video.
-
-        Args:
-            row: the method.
-            index: index of the test clip.
-            frames: number of frames T.
-            keyframes: first frames to continue [N, H, W, 3] in 0..1.
-
-        Returns:
-            [T, H, W, 3] in 0..1.
-        """
-        import comfy.sample
-
-        from exvideo_core.comfyui.apply.patch import apply_extension
-        from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
-        from exvideo_core.comfyui.vae.conditioning import encode_conditioning
-        from exvideo_core.comfyui.vae.decode import decode
-        from exvideo_core.comfyui.vae.keyframes import set_keyframes
-
-        clip = world.sample(world.HELD_OUT + index)
-        first = torch.from_numpy(world.render(clip, 1) if keyframes is None else keyframes[:1])
-        positive, negative = encode_conditioning(
-            self.clip_vision, self.vae, first, width=world.SIZE, height=world.SIZE, fps=30,
-            motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=index,
-        )  # fmt: skip
-        model = apply_extension(self.model, self.extension, 1.0, row.positions)
-        if row.windows is not None:
-            model = with_windows(model, WindowSettings(WINDOW, OVERLAP, **row.windows))
-        latent = {"samples": torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)}
-        if keyframes is not None:
-            indices = list(range(len(keyframes)))
-            latent = set_keyframes(self.vae, latent, torch.from_numpy(keyframes), indices, FADE)
-        noise = comfy.sample.prepare_noise(latent["samples"], index)
-        latents = comfy.sample.sample(
-            model, noise, STEPS, 1.0, "euler", "karras", positive, negative, latent["samples"],
-            noise_mask=latent.get("noise_mask"), seed=index, disable_pbar=True,
-        )  # fmt: skip
-        return decode(self.vae, latents, 24, 12, "smooth").numpy()
 
 
 def steps(video: np.ndarray) -> np.ndarray:
@@ -138,19 +78,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench length", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--clips", type=int, default=6)
-    parser.add_argument("--frames", type=int, nargs="+", default=[192, 256])
+    parser.add_argument("--frames", type=int, nargs="+", default=[256])
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     parser.add_argument("--joints-only", action="store_true", help="measure only loops and continued videos")
     options = parser.parse_args()
-    maker, table = Maker(), []
+    maker, table = Maker(recipe.EXTENSION, STEPS), []
     if options.joints_only:
         options.frames = []
+    indices = range(options.clips)
+    make_all(maker, [(row, i, frames) for frames in options.frames for row in rows() for i in indices], options.jobs)
     for frames in options.frames:
         borders = _borders(frames)
         for row in rows():
             found = []
-            for index in range(options.clips):
+            for index in indices:
                 clip = world.sample(world.HELD_OUT + index)
-                found.append(figures(clip, maker.video(row, index, frames), borders))
+                found.append(figures(clip, maker.kept(row, index, frames), borders))
             table.append({"frames": frames, "way": row.name, "clips": options.clips, **_means(found)})
             print(report.markdown(table[-1:]).splitlines()[-1], flush=True)
     if table:
@@ -180,28 +123,22 @@ def _loops(maker: Maker, clips: int) -> dict[str, object]:
     open_row = replace(row, windows={})
     closed, control = [], []
     for index in range(clips):
-        for video, found in ((maker.video(row, index, 192), closed), (maker.video(open_row, index, 192), control)):
+        for video, found in ((maker.kept(row, index, 192), closed), (maker.kept(open_row, index, 192), control)):
             found.append(float(np.abs(video[0] - video[-1]).mean() / steps(video).max()))
     return _joint("closed loop of 192 frames, last to first frame; control: without closed_loop", closed, control)
 
 
 def _continuations(maker: Maker, clips: int, frames: int = 128, overlap: int = 4) -> dict[str, object]:
-    """Largest step around the joint of a continued video, relative to the largest step of the video before it.
-
-    Uses only clips whose shapes move at the joint as at the start of a clip: disks to the right, squares to the left.
-    """
-    joined, control, index = [], [], 0
-    while len(joined) < clips:
-        clip = world.sample(world.HELD_OUT + index)
-        if clip.sets_out_at(frames - overlap, overlap + 8):
-            first = maker.video(Row("first"), index, frames)
-            second = maker.video(Row("second"), index, frames, keyframes=first[-overlap:])
-            own = steps(first).max()
-            both = np.concatenate([first[:-FADE], second[overlap - FADE :]])
-            joined.append(float(steps(both)[frames - overlap - 1 : frames + 1].max() / own))
-            free = maker.video(Row("free"), index, frames, keyframes=first[-1:])
-            control.append(float(steps(np.concatenate([first, free[1:]]))[frames - 2 : frames + 1].max() / own))
-        index += 1
+    """Largest step around the joint of a continued video, relative to the largest step of the video before it."""
+    joined, control = [], []
+    for index in range(clips):
+        first = maker.kept(Row("first"), index, frames)
+        second = maker.video(Row("second"), index, frames, keyframes=first[-overlap:])
+        own = steps(first).max()
+        both = np.concatenate([first[:-FADE], second[overlap - FADE :]])
+        joined.append(float(steps(both)[frames - overlap - 1 : frames + 1].max() / own))
+        free = maker.video(Row("free"), index, frames, keyframes=first[-1:])
+        control.append(float(steps(np.concatenate([first, free[1:]]))[frames - 2 : frames + 1].max() / own))
     return _joint("continued from 4 frames, 3 of them faded; control: from the last frame only", joined, control)
 
 

@@ -20,15 +20,15 @@ import torch
 
 from runner.environment import cache_folder
 from runner.hosts import PACK
-from small_model import clips, recipe, world
+from small_model import clips, measure, recipe, world
+from small_model.held_out import SIGMAS, HeldOut
 
 from . import method_measures as measures
 from . import method_plots as plots
 from .method_rows import FRAMES, Maker, Row, ablation_rows, main_rows, make_all
 
 RESULTS = PACK / "benchmarks" / "results"
-TRUE_CLIPS = range(2 * world.HELD_OUT, 2 * world.HELD_OUT + 512)  # compared to generated videos
-FITTED_ON = range(3 * world.HELD_OUT, 3 * world.HELD_OUT + 512)  # used to fit the features
+CURVE_MEASURES = ("presence", "exchanged", "mixed", "path_error")
 _log = logging.getLogger("bench")
 
 
@@ -39,6 +39,8 @@ def main() -> int:
     parser.add_argument("--ablation-clips", type=int, default=32, help="videos per ablation (0: skip ablations)")
     parser.add_argument("--curve-clips", type=int, default=6, help="videos of the one-step denoising curve")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
+    parser.add_argument("--device", default="cpu", help="device on which videos are generated")
+    parser.add_argument("--half", action="store_true", help="compute the UNet in bfloat16, compiled")
     parser.add_argument("--base", type=Path, default=recipe.CHECKPOINT)
     parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
     parser.add_argument(
@@ -51,11 +53,11 @@ def main() -> int:
     kept = cache_folder() / "bench-method"
     options.results.mkdir(parents=True, exist_ok=True)
     wanted = [(row, options.clips) for row in main_rows(options.extension)]
-    make_all(options.base, kept, wanted, options.jobs)
-    maker = Maker(options.base, kept)
+    maker = Maker(options.base, kept, options.device, options.half)
+    make_all(maker, wanted, options.jobs)
     table, by_frame = _measure(maker, wanted)
     own_length = _own_length(maker, options.clips)
-    curve = _curve(maker, options.extension, options.curve_clips)
+    curve = _curve(Maker(options.base, kept, options.device), options.extension, options.curve_clips)
     titles = {row.name: row.title for row, _ in wanted}
     _write(options.results / "method", table, titles, own_length, denoising=curve)
     plots.paths(by_frame, titles, options.results / "method_path.png")
@@ -68,11 +70,12 @@ def main() -> int:
 
 
 def _ablations(options: argparse.Namespace, kept: Path) -> None:
-    """Train and measure the ablations, which have a fraction of the main extension's training steps."""
-    folder = recipe.ablations(options.work, options.base, options.jobs)
+    """Train and measure the ablations."""
+    folder = recipe.ablations(options.work, options.base, options.extension, jobs=options.jobs)
     wanted = [(row, options.ablation_clips) for row in ablation_rows(folder)]
-    make_all(options.base, kept, wanted, options.jobs)
-    table, _ = _measure(Maker(options.base, kept), wanted)
+    maker = Maker(options.base, kept, options.device, options.half)
+    make_all(maker, wanted, options.jobs)
+    table, _ = _measure(maker, wanted)
     _write(options.results / "method_ablations", table, {row.name: row.title for row, _ in wanted})
 
 
@@ -85,8 +88,9 @@ def _write(
 ) -> None:
     report = {
         "command": " ".join(["python run.py bench method", *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}",
-        "frames": FRAMES, "steps": clips.STEPS, "rows": table, "base_at_25_frames": own_length, **more,
+        "machine": _machine(),
+        "frames": FRAMES, "steps": clips.STEPS, "guidance": recipe.GUIDANCE,
+        "rows": table, "base_at_25_frames": own_length, **more,
     }  # fmt: skip
     target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = plots.markdown(table, titles, own_length)
@@ -94,21 +98,31 @@ def _write(
     print(text)
 
 
+def _machine() -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{name}, {platform.system()}, torch {torch.__version__}"
+
+
 def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], dict[str, np.ndarray]]:
-    features = measures.Features(FITTED_ON)
-    true = np.stack([features(world.render(world.sample(seed), FRAMES)) for seed in TRUE_CLIPS])
+    features = measures.Features(measures.FITTED_ON)
+    true = np.stack([features(world.render(world.sample(seed), FRAMES)) for seed in measures.TRUE_CLIPS])
     table, by_frame = [], {}
     for row, count in wanted:
-        found, errors, seen = [], [], []
+        found, errors, seen, right = [], [], [], 0
         for index in range(count):
             video = maker.clip(row, index)
-            figures, frames = measures.of_clip(world.sample(world.HELD_OUT + index), video)
+            clip = world.sample(world.HELD_OUT + index)
+            figures, frames = measures.of_clip(clip, video)
+            right += int((measure.match(measure.sight(clip, video), clip).heading > 0).sum())
             found.append(figures)
             errors.append(frames)
             seen.append(features(video))
         metric = {name: measures.interval(np.array([clip[name] for clip in found])) for name in found[0]}
         metric["frechet"] = measures.frechet_interval(np.stack(seen), true)
-        table.append({"row": row.name, "clips": count, "metric": metric})
+        shapes = count * world.LANES
+        low, high = measure.binomial_interval(right, shapes)
+        heading = {"share": right / shapes, "low": low, "high": high}
+        table.append({"row": row.name, "clips": count, "metric": metric, "heading_right": heading})
         by_frame[row.name] = np.stack(errors)
         _log.info("Measured %s.", row.name)
     return table, by_frame
@@ -116,27 +130,32 @@ def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], d
 
 def _own_length(maker: Maker, count: int) -> dict[str, dict[str, float]]:
     """Measure the base at its native 25 frames."""
-    svd = maker.model(None)
-    found = []
-    for index in range(count):
-        clip = world.sample(world.HELD_OUT + index)
-        found.append(measures.of_clip(clip, clips.make(svd, clip, svd.frames, seed=index))[0])
+    svd = maker.model(Row("base", ""))
+    found, at_once = [], 1 if maker.device == "cpu" else count
+    for start in range(0, count, at_once):
+        seeds = range(start, min(start + at_once, count))
+        scenes = [world.sample(world.HELD_OUT + seed) for seed in seeds]
+        videos = clips.make(svd, scenes, svd.frames, seeds)
+        found += [measures.of_clip(clip, video)[0] for clip, video in zip(scenes, videos, strict=True)]
     return {name: measures.interval(np.array([clip[name] for clip in found])) for name in found[0]}
 
 
 def _curve(maker: Maker, extension: Path, count: int) -> list[dict]:
-    """Path error after a single denoising step by noise level, for all frames and for the last quarter."""
-    seeds = range(world.HELD_OUT, world.HELD_OUT + count)
-    rows = [("base at 25 frames", None, 25), ("(a) base", None, FRAMES), ("(b) untrained", "untrained", FRAMES),
+    """Errors after a single denoising step, by noise level. The ideal rows are the least that is possible."""
+    rows = [("ideal at 25 frames", None, 25), ("base at 25 frames", None, 25), ("ideal", None, FRAMES),
+            ("(a) base", None, FRAMES), ("(b) untrained", "untrained", FRAMES),
             ("(c) post-tuned", str(extension), FRAMES)]  # fmt: skip
     found = []
     for title, model, frames in rows:
-        errors = clips.denoising_errors(maker.model(model), seeds, frames)
-        levels = [
-            {"sigma": sigma, "path_error": float(e.mean()), "last_quarter": float(e[:, -frames // 4 :].mean()),
-             "by_frame": [round(float(value), 4) for value in e.mean(0)]}
-            for sigma, e in errors.items()
-        ]  # fmt: skip
+        svd = maker.model(Row(title, title, model))
+        held = HeldOut.of(svd, count, frames)
+        levels = []
+        for sigma in SIGMAS:
+            clean = held.ideal(sigma) if title.startswith("ideal") else held.one_step(svd.unet, sigma)
+            pairs = zip(held.clips, held.decode(clean), strict=True)
+            figures = [measures.of_clip(clip, video)[0] for clip, video in pairs]
+            level = {name: measures.interval(np.array([each[name] for each in figures])) for name in CURVE_MEASURES}
+            levels.append({"sigma": sigma, "mse": measures.interval(held.errors(clean)), **level})
         found.append({"row": title, "frames": frames, "clips": count, "levels": levels})
         _log.info("Measured the denoising curve of %s.", title)
     return found

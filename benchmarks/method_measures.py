@@ -9,7 +9,9 @@ from small_model import measure, world
 #: name -> (description, value of a perfect video)
 MEASURES = {
     "presence": ("share of frames whose shapes are intact and correctly colored", 1.0),
-    "path_error": ("distance from the true path in image widths, over all frames", 0.0),
+    "exchanged": ("share of frames in which a lane shows the color of the other lane", 0.0),
+    "mixed": ("share of frames in which a tenth of a shape or more has the color of the other lane", 0.0),
+    "path_error": ("distance from the nearest possible path in image widths, over all frames", 0.0),
     "path_error_end": ("path error over the last quarter of the frames", 0.0),
     "jump": ("deviation of frame-to-frame motion from the true motion, in units of the true speed", 0.0),
     "largest_step": ("95th percentile of frame-to-frame motion, in units of the true speed", 1.0),
@@ -17,6 +19,8 @@ MEASURES = {
     "background_drift": ("change of the background color since the first frame, 0..1", 0.0),
     "frechet": ("Fréchet distance between features of generated and true videos", 0.0),
 }
+TRUE_CLIPS = range(2 * world.HELD_OUT, 2 * world.HELD_OUT + 512)  # compared to generated videos
+FITTED_ON = range(3 * world.HELD_OUT, 3 * world.HELD_OUT + 512)  # used to fit the features
 _STRIDE = 4
 _LOST_STEP = 2.0  # a missing shape counts like a step in the wrong direction
 
@@ -29,11 +33,14 @@ def of_clip(clip: world.Clip, video: np.ndarray) -> tuple[dict[str, float], np.n
         video: the generated video [T, H, W, 3] in 0..1.
     """
     sighting = measure.sight(clip, video)
-    errors = measure.path_error(sighting, clip)
-    steps, true_steps = np.diff(sighting.x, axis=0), np.diff(clip.path(len(video)), axis=0)
+    nearest = measure.match(sighting, clip)
+    errors = nearest.error
+    steps, true_steps = np.diff(sighting.x, axis=0), np.diff(nearest.path, axis=0)
     wrong = np.abs(steps - true_steps) / clip.speed
     return {
         "presence": float(sighting.present.mean()),
+        "exchanged": float(sighting.exchanged.mean()),
+        "mixed": float(sighting.mixed.mean()),
         "path_error": float(errors.mean()),
         "path_error_end": float(errors[-len(video) // 4 :].mean()),
         "jump": float(np.where(np.isnan(wrong), _LOST_STEP, wrong).mean()),

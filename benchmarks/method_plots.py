@@ -72,17 +72,15 @@ _MAIN = ("base", "untrained", "extended", "windows")
 
 
 def curve(rows: list[dict], target: Path) -> None:
-    """Plot the error after one denoising step by noise level, for all frames and the last quarter."""
+    """Plot the errors after one denoising step by noise level: squared error of latents, and path error."""
     figure = _figure(10, 4)
-    for axes, key, title in zip(
-        figure.subplots(1, 2, sharey=True), ("path_error", "last_quarter"), ("all frames", "last quarter"), strict=True
-    ):
+    labels = {"mse": "squared error of latents", "path_error": "path error (image widths)"}
+    for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
         for row in rows:
             levels = row["levels"]
-            axes.plot([level["sigma"] for level in levels], [level[key] for level in levels], "o-", label=row["row"])
-        axes.set(xscale="log", xlabel="noise level sigma", title=title)
-    figure.axes[0].set_ylim(bottom=0)  # at the end, because setting a limit disables autoscaling
-    figure.axes[0].set_ylabel("path error of one denoising step")
+            means = [level[key]["mean"] for level in levels]
+            axes.plot([level["sigma"] for level in levels], means, "o-", label=row["row"])
+        axes.set(xscale="log", yscale="log", xlabel="noise level sigma", ylabel=label)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(target, dpi=120)
 

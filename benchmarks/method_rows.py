@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,10 +14,14 @@ import torch
 
 from exvideo_core.diffusers.sampling import decode
 from exvideo_core.post_tuning.samples import Encoder
-from small_model import clips, world
+from exvideo_core.video.windows import freenoise
+from small_model import clips, recipe, world
+
+from . import kept, rivals
 
 FRAMES = 128
-_CODE = 2  # increase it when videos change, to invalidate the cache
+_AT_ONCE = 64  # videos, on a GPU
+_CODE = 5  # increase it when videos change, to invalidate the cache
 _log = logging.getLogger(__name__)
 
 
@@ -32,6 +35,8 @@ class Row:
         extension: an extension's file, "untrained", or None for the base alone.
         windows: generate videos in windows of the base's native length.
         truth: encode and decode the true video with the VAE, which shows the error of decoding and measuring.
+        steps: denoising steps.
+        rival: "freelong" or "freenoise", applied to the model.
     """
 
     name: str
@@ -39,6 +44,8 @@ class Row:
     extension: str | None = None
     windows: bool = False
     truth: bool = False
+    steps: int = clips.STEPS
+    rival: str | None = None
 
 
 def main_rows(extension: Path) -> list[Row]:
@@ -48,14 +55,17 @@ def main_rows(extension: Path) -> list[Row]:
         Row("base", "(a) base"),
         Row("untrained", "(b) base + untrained extension", "untrained"),
         Row("extended", "(c) base + post-tuned extension", str(extension)),
+        Row("one_call", "(c) in one denoising step", str(extension), steps=1),
         Row("windows", "(d) base in 25-frame windows", windows=True),
+        Row("freelong", "(f) base with FreeLong", rival="freelong"),
+        Row("freenoise", "(g) base with FreeNoise", rival="freenoise"),
     ]
 
 
 def ablation_rows(folder: Path) -> list[Row]:
     """Rows of the ablations, whose extensions are in a folder."""
     return [
-        Row("extended_short", "(c) trained as briefly as (e)", str(folder / "full.safetensors")),
+        Row("extended_short", "(c) trained as long as (e)", str(folder / "full.safetensors")),
         Row("no_convolution", "(e) without convolution", str(folder / "no_convolution.safetensors")),
         Row("no_positions", "(e) without trained positions", str(folder / "no_positions.safetensors")),
         Row("no_attention", "(e) without temporal attention", str(folder / "no_attention.safetensors")),
@@ -63,82 +73,141 @@ def ablation_rows(folder: Path) -> list[Row]:
 
 
 class Maker:
-    """Generates the videos of all rows, with one row's model in memory at a time."""
+    """Generates the videos of all rows, with one row's model in memory at a time.
 
-    def __init__(self, base: Path, folder: Path) -> None:
+    Args:
+        base: SVD checkpoint.
+        folder: cache folder of the videos.
+        device: device of the model.
+        half: compute the UNet in bfloat16, compiled: on a CPU, this takes about a third of the time.
+    """
+
+    def __init__(self, base: Path, folder: Path, device: str = "cpu", half: bool = False) -> None:
         self.base = base
         self.folder = folder
-        self._extension: str | None = None
+        self.device = device
+        self.half = half
+        self._loaded: tuple[str | None, str | None] = (None, None)
         self._svd = None
 
-    def model(self, extension: str | None):  # noqa: ANN201 - SVD
-        """The base with the given extension, which is kept until another one is requested."""
+    def model(self, row: Row):  # noqa: ANN201 - SVD
+        """The model of a row, which is kept until another one is requested."""
         from exvideo_core.diffusers import checkpoint, patch
         from exvideo_core.method.extension import Extension
         from exvideo_core.post_tuning.selection import untrained
 
-        if self._svd is None or extension != self._extension:
+        wanted = row.extension, row.rival
+        if self._svd is None or wanted != self._loaded:
             self._svd = checkpoint.load(self.base)
-            if extension is not None:
-                unet = self._svd.unet
-                patch.apply(unet, untrained(unet, FRAMES) if extension == "untrained" else Extension.load(extension))
-            self._extension = extension
+            unet = self._svd.unet
+            if row.extension == "untrained":
+                patch.apply(unet, untrained(unet, FRAMES))
+            elif row.extension is not None:
+                patch.apply(unet, Extension.load(row.extension))
+            if row.rival == "freelong":
+                largest = (world.SIZE // 8) ** 2
+                rivals.change_unet(unet, partial(rivals.freelong, window=self._svd.frames, largest=largest))
+            elif row.rival == "freenoise":
+                rivals.change_unet(unet, partial(rivals.freenoise_attention, window=self._svd.frames))
+            for part in (unet, self._svd.vae, self._svd.image_encoder):
+                part.to(self.device)
+            if self.half:
+                _compute_in_half(unet, compiled=row.rival is None)
+            self._loaded = wanted
         return self._svd
 
     def path(self, row: Row, index: int) -> Path:
         """Cache file of a video. Its name depends on everything that affects the video."""
-        parts = [row.name, _digest(self.base), clips.STEPS, FRAMES, _CODE]
+        parts = [row.name, kept.digest(self.base), row.steps, recipe.GUIDANCE, FRAMES, _CODE]
+        if self.half:
+            parts.append("half")
         if row.extension and row.extension != "untrained":
-            parts.append(_digest(Path(row.extension)))
-        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-        return self.folder / f"{row.name}-{key}" / f"{index:03d}.npz"
+            parts.append(kept.digest(Path(row.extension)))
+        return self.folder / f"{row.name}-{kept.key(parts)[:12]}" / f"{index:03d}.npz"
 
     def clip(self, row: Row, index: int) -> np.ndarray:
         """Video `index` of a row, generated unless it is cached: [128, H, W, 3] in 0..1."""
-        path = self.path(row, index)
-        if not path.exists():
-            svd, clip = self.model(row.extension), world.sample(world.HELD_OUT + index)
-            if row.truth:
-                frames = world.as_bytes(world.render(clip, FRAMES))
-                video = decode(svd, Encoder(svd.vae, svd.image_encoder).latents(frames))
-            elif row.windows:
-                video = clips.make_in_windows(svd, clip, FRAMES, svd.frames, seed=index)
-            else:
-                video = clips.make(svd, clip, FRAMES, seed=index)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part.npz")
-            np.savez_compressed(part, video=(video * 255).round().astype(np.uint8))
-            os.replace(part, path)
-        return np.load(path)["video"].astype(np.float32) / 255
+        self.generate(row, [index])
+        return kept.load(self.path(row, index))
+
+    def generate(self, row: Row, indices: Sequence[int]) -> None:
+        """Generate the videos of a row that are not cached, at once."""
+        missing = [index for index in indices if not self.path(row, index).exists()]
+        if not missing:
+            return
+        for index, video in zip(missing, self._videos(row, missing), strict=True):
+            compress = self.device == "cpu"  # which takes longer than a GPU needs for the videos
+            kept.save(self.path(row, index), video, compress)
+
+    def _videos(self, row: Row, seeds: list[int]) -> list[np.ndarray]:
+        svd, scenes = self.model(row), [world.sample(world.HELD_OUT + seed) for seed in seeds]
+        if row.truth:
+            encoder = Encoder(svd.vae, svd.image_encoder)
+            frames = (world.as_bytes(world.render(clip, FRAMES)) for clip in scenes)
+            return [decode(svd, encoder.latents(clip.to(svd.vae.device))) for clip in frames]
+        if row.windows:
+            return clips.make_in_windows(svd, scenes, FRAMES, svd.frames, seeds, row.steps)
+        noise = None
+        if row.rival == "freenoise":
+            noise = torch.stack([_freenoise(seed, svd.frames) for seed in seeds])
+        return clips.make(svd, scenes, FRAMES, seeds, row.steps, noise)
+
+
+def _compute_in_half(unet: torch.nn.Module, compiled: bool) -> None:
+    """Make a UNet compute in bfloat16. Its inputs and outputs remain in float32, and so do sampling and decoding."""
+    unet.eval().requires_grad_(False).to(torch.bfloat16)
+    forward = torch.compile(unet.forward, dynamic=False) if compiled else unet.forward
+
+    def call(
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        added_time_ids: torch.Tensor,
+        return_dict: bool = False,
+    ) -> tuple[torch.Tensor]:
+        half = sample.to(torch.bfloat16), encoder_hidden_states.to(torch.bfloat16)
+        return (forward(half[0], timestep, half[1], added_time_ids, return_dict=return_dict)[0].float(),)
+
+    unet.forward = call
+
+
+def _freenoise(seed: int, window: int) -> torch.Tensor:
+    """FreeNoise's initial noise [T, 4, h, w]: the first window's, shuffled, for all others."""
+    noise = torch.randn(FRAMES, 4, world.SIZE // 8, world.SIZE // 8, generator=torch.Generator().manual_seed(seed))
+    return freenoise(noise, window, window - max(window // 4, 1), seed)
 
 
 _maker: Maker
 
 
-def _start(base: Path, folder: Path) -> None:
+def _start(base: Path, folder: Path, half: bool) -> None:
     global _maker
     torch.set_num_threads(1)
-    _maker = Maker(base, folder)
+    _maker = Maker(base, folder, half=half)
 
 
 def _make(row: Row, index: int) -> None:
     _maker.clip(row, index)
 
 
-def make_all(base: Path, folder: Path, wanted: Sequence[tuple[Row, int]], jobs: int) -> None:
-    """Generate all videos that are not cached. One process per core is faster than one process on all cores."""
-    maker = Maker(base, folder)
+def make_all(maker: Maker, wanted: Sequence[tuple[Row, int]], jobs: int) -> None:
+    """Generate all videos that are not cached.
+
+    On a GPU, videos are generated in batches. On a CPU, one process per core is faster than one on all cores.
+    """
+    if maker.device != "cpu":
+        for row, count in wanted:
+            for start in range(0, count, _AT_ONCE):
+                maker.generate(row, range(start, min(start + _AT_ONCE, count)))
+            _log.info("Generated %s.", row.name)
+        return
     missing = [(row, index) for row, count in wanted for index in range(count) if not maker.path(row, index).exists()]
     _log.info("Generating %d videos ...", len(missing))
     if not missing:
         return
-    with get_context("spawn").Pool(jobs, _start, (base, folder)) as pool:
+    with get_context("spawn").Pool(jobs, _start, (maker.base, maker.folder, maker.half)) as pool:
         results = [pool.apply_async(_make, task) for task in missing]
         for done, result in enumerate(results, 1):
             result.get()
             if done % 10 == 0 or done == len(results):
                 _log.info("%d of %d videos (%s)", done, len(results), missing[done - 1][0].name)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -13,12 +13,12 @@ from .report import RESULTS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["growth", "memory"])
+    parser.add_argument("name", choices=["growth", "memory", "steps"])
     name = parser.parse_args().name
     import matplotlib
 
     matplotlib.use("Agg")
-    {"growth": growth, "memory": memory}[name]()
+    {"growth": growth, "memory": memory, "steps": steps}[name]()
     return 0
 
 
@@ -62,6 +62,38 @@ def memory() -> None:
             axis.set_xlabel("GiB, without weights")
             axis.margins(x=0.15)
             axis.spines[["top", "right"]].set_visible(False)
+        figure.savefig(target, dpi=110)
+        pyplot.close(figure)
+
+
+def steps() -> None:
+    """Plot `bench steps`: quality over calls of the UNet, with the interval of the exact row as a band.
+
+    Fréchet distances depend on the number of videos, and are shown only for rows with as many as the exact one.
+    """
+    from matplotlib import pyplot
+
+    panels = {"presence": "intact shapes", "path_error": "path error (image widths)", "frechet": "Fréchet distance"}
+    styles = {"exact": "ks", "undistilled": "C0o-", "fast": "C7.", "few-step": "D-"}
+    for target, rows in _results("steps").items():
+        exact = next(row for row in rows if row["kind"] == "exact")
+        lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in rows:
+            model = row["row"].rpartition(", ")[0] if row["kind"] == "few-step" else row["kind"]
+            lines.setdefault((row["kind"], model), []).append(row)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.8), layout="constrained")
+        for axis, (name, title) in zip(axes, panels.items(), strict=True):
+            colors = iter(["C3", "C1", "C2", "C4"])
+            for (kind, model), of_line in lines.items():
+                style = next(colors) + styles[kind] if kind == "few-step" else styles[kind]
+                shown = sorted((row["calls"], row["metric"][name]["mean"]) for row in of_line
+                               if name != "frechet" or row["clips"] == exact["clips"])  # fmt: skip
+                if shown:
+                    axis.plot(*zip(*shown, strict=True), style, label=model, markersize=4)
+            band = exact["metric"][name]
+            axis.axhspan(band["low"], band["high"], color="grey", alpha=0.25, linewidth=0)
+            axis.set(xscale="log", xlabel="calls of the UNet", title=title)
+        axes[0].legend(frameon=False, fontsize=8)
         figure.savefig(target, dpi=110)
         pyplot.close(figure)
 

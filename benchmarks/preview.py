@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from small_model import world
+from small_model import recipe, world
 
 from . import report
-from .length import Maker
+from .long_videos import checkpoint, loaded
 
 KINDS = ("none", "ComfyUI", "animated")
 
@@ -84,7 +84,7 @@ class _Server:
 
 class _Sampling:
     def __init__(self, frames: int, steps: int) -> None:
-        maker = Maker()  # makes ComfyUI importable
+        base, clip_vision, vae = checkpoint()  # makes ComfyUI importable
 
         from exvideo_core.comfyui.apply.patch import apply_extension
         from exvideo_core.comfyui.vae.conditioning import encode_conditioning
@@ -92,12 +92,12 @@ class _Sampling:
         clip = world.sample(world.HELD_OUT)
         self._steps = steps
         self._conds = encode_conditioning(
-            maker.clip_vision, maker.vae, torch.from_numpy(world.render(clip, 1)), width=world.SIZE,
+            clip_vision, vae, torch.from_numpy(world.render(clip, 1)), width=world.SIZE,
             height=world.SIZE, fps=30, motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=0,
         )  # fmt: skip
         self._latent = torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)
         self._noise = torch.randn(self._latent.shape, generator=torch.Generator().manual_seed(0))
-        self._model = apply_extension(maker.model, maker.extension)
+        self._model = apply_extension(base, loaded(recipe.EXTENSION))
 
     def run(self, kind: str) -> None:
         import comfy.cli_args

@@ -69,7 +69,13 @@ def command() -> str:
     return " ".join(["python run.py bench", Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
-def write(name: str, rows: list[dict[str, Any]], details: list[dict[str, Any]] | None = None, after: str = "") -> None:
+def write(
+    name: str,
+    rows: list[dict[str, Any]],
+    details: list[dict[str, Any]] | None = None,
+    after: str = "",
+    table: list[dict[str, Any]] | None = None,
+) -> None:
     """Write `name`.json and `name`.md, or `name`_cuda.* on a GPU, so that both results are kept.
 
     Args:
@@ -77,6 +83,7 @@ def write(name: str, rows: list[dict[str, Any]], details: list[dict[str, Any]] |
         rows: rows of the table; the keys of the first one are its columns.
         details: additional rows, for the JSON file only.
         after: Markdown below the table.
+        table: rows of the table, if they are not `rows`.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
     stem = f"{name}_cuda" if torch.cuda.is_available() else name
@@ -84,7 +91,9 @@ def write(name: str, rows: list[dict[str, Any]], details: list[dict[str, Any]] |
     if details is not None:
         found["details"] = details
     (RESULTS / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{stem}.md").write_text(markdown(rows) + after + f"\n`{command()}`, on {machine()}\n", encoding="utf-8")
+    (RESULTS / f"{stem}.md").write_text(
+        markdown(table or rows) + after + f"\n`{command()}`, on {machine()}\n", encoding="utf-8"
+    )
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

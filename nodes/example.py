@@ -15,7 +15,8 @@ class ExVideoExamplePicture(io.ComfyNode):
             display_name="ExVideo Example Picture",
             category="ExVideo/example",
             description="Draws a first frame for exvideo_small, the small model included with this pack: two lanes "
-            "with a disk or a square in each. Disks start moving to the right, squares to the left.",
+            "with a disk or a square in each. Whether a shape starts to the left or to the right depends on the "
+            "sampler's seed.",
             inputs=[
                 io.Int.Input(
                     "seed",

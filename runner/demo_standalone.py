@@ -31,6 +31,7 @@ def main() -> int:
         motion_bucket_id=clip.motion_bucket,
         noise_aug_strength=conditioning["noise_aug_strength"],
         steps=sampling["steps"],
+        guidance=(nodes["VideoLinearCFGGuidance"]["min_cfg"], sampling["cfg"]),
         seed=sampling["seed"],
         progress=lambda step, steps: print(f"\rsampling: {step}/{steps}   ", end="", flush=True),
     )

@@ -1,68 +1,75 @@
-"""Makes clips of the synthetic world with a small SVD, and measures them."""
+"""Makes clips of the synthetic world with a small SVD."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from exvideo_core.diffusers.sampling import decode, generate_video
-from exvideo_core.post_tuning.loss import denoise
-from exvideo_core.post_tuning.samples import Encoder
+from exvideo_core.diffusers.sampling import generate_videos
 
-from . import measure, world
+from . import world
+from .recipe import GUIDANCE
 
 if TYPE_CHECKING:
     from exvideo_core.diffusers.checkpoint import SVD
 
 FPS = 30
-STEPS = 8  # denoising steps of a clip
-SIGMAS = (1.0, 3.0, 10.0, 30.0, 100.0, 700.0)  # noise levels of the denoising curve
+STEPS = 25  # denoising steps of a clip
 
 
-def make(svd: SVD, clip: world.Clip, frames: int, seed: int, steps: int = STEPS) -> np.ndarray:
-    """A clip from a true first frame and its motion bucket, 0..1 [frames, H, W, 3]."""
-    return _continue(svd, world.render(clip, 1), clip.motion_bucket, frames, seed, steps)
+def make(
+    svd: SVD,
+    clips: Sequence[world.Clip],
+    frames: int,
+    seeds: Sequence[int],
+    steps: int = STEPS,
+    noise: torch.Tensor | None = None,
+) -> list[np.ndarray]:
+    """Clips from their true first frames and motion buckets, 0..1 [frames, H, W, 3] each.
 
-
-def make_in_windows(svd: SVD, clip: world.Clip, frames: int, window: int, seed: int, steps: int = STEPS) -> np.ndarray:
-    """The same in windows of `window` frames, each going on from the last frame of the one before."""
-    made = world.render(clip, 1)
-    while len(made) < frames:
-        part = _continue(svd, made[-1:], clip.motion_bucket, window, seed + len(made), steps)
-        made = np.concatenate([made, part[1:]])
-    return made[:frames]
-
-
-def _continue(svd: SVD, picture: np.ndarray, bucket: int, frames: int, seed: int, steps: int) -> np.ndarray:
-    video = generate_video(
-        svd, torch.from_numpy(picture), frames=frames, fps=FPS, motion_bucket_id=bucket, steps=steps, seed=seed
-    )
-    return video.astype(np.float32) / 255
-
-
-@torch.no_grad()
-def denoising_errors(
-    svd: SVD, seeds: range, frames: int, sigmas: tuple[float, ...] = SIGMAS
-) -> dict[float, np.ndarray]:
-    """Path error of one denoising step, by noise level and frame: what the model believes at that level.
-
-    Returns:
-        noise level -> [clips, frames], in picture widths.
+    Args:
+        svd: the model.
+        clips: the true clips, which are made at once where their motion buckets are the same.
+        frames: length.
+        seeds: one per clip.
+        steps: denoising steps.
+        noise: initial noise instead of the seeds' [N, frames, 4, h, w].
     """
-    scaling = svd.vae.config.scaling_factor
-    encoder = Encoder(svd.vae, svd.image_encoder)
-    found: dict[float, list[np.ndarray]] = {sigma: [] for sigma in sigmas}
-    for seed in seeds:
-        clip = world.sample(seed)
-        pictures = world.as_bytes(world.render(clip, frames))
-        latents, embedding = encoder.latents(pictures)[None], encoder.embeddings(pictures[:1])[None]
-        ids = torch.tensor([[FPS - 1.0, float(clip.motion_bucket), 0.0]])
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-        for sigma in sigmas:
-            level = torch.tensor([sigma])
-            clean = denoise(svd.unet, latents + noise * sigma, level, latents[:, 0] / scaling, embedding, ids)
-            sighting = measure.sight(clip, decode(svd, clean[0]))
-            found[sigma].append(measure.path_error(sighting, clip).mean(1))
-    return {sigma: np.stack(errors) for sigma, errors in found.items()}
+    firsts = np.concatenate([world.render(clip, 1) for clip in clips])
+    return list(_continue(svd, firsts, clips, frames, seeds, steps, noise))
+
+
+def make_in_windows(
+    svd: SVD, clips: Sequence[world.Clip], frames: int, window: int, seeds: Sequence[int], steps: int = STEPS
+) -> list[np.ndarray]:
+    """The same in windows of `window` frames, each going on from the last frame of the one before."""
+    made = np.stack([world.render(clip, 1) for clip in clips])
+    while made.shape[1] < frames:
+        part = _continue(svd, made[:, -1], clips, window, [seed + made.shape[1] for seed in seeds], steps)
+        made = np.concatenate([made, part[:, 1:]], axis=1)
+    return list(made[:, :frames])
+
+
+def _continue(
+    svd: SVD,
+    images: np.ndarray,
+    clips: Sequence[world.Clip],
+    frames: int,
+    seeds: Sequence[int],
+    steps: int,
+    noise: torch.Tensor | None = None,
+) -> np.ndarray:
+    """Videos from first frames [N, H, W, 3], in batches of clips with the same motion bucket."""
+    made = np.zeros((len(clips), frames, *images.shape[1:]), np.float32)
+    for bucket in sorted({clip.motion_bucket for clip in clips}):
+        some = [index for index, clip in enumerate(clips) if clip.motion_bucket == bucket]
+        videos = generate_videos(
+            svd, torch.from_numpy(images[some]), seeds=[seeds[index] for index in some], frames=frames, fps=FPS,
+            motion_bucket_id=bucket, steps=steps, guidance=(GUIDANCE, GUIDANCE),
+            noise=None if noise is None else noise[some],
+        )  # fmt: skip
+        made[some] = videos.astype(np.float32) / 255
+    return made

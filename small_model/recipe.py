@@ -2,7 +2,8 @@
 
     python -m small_model.recipe --out FOLDER
 
-makes everything again: first stage, base, checkpoint, videos, extension, ablations. See README.md for times.
+makes everything again: first stage, base, checkpoint, extension, ablations. See README.md for times; with
+`--device cuda` base and extension are trained on a GPU.
 """
 
 from __future__ import annotations
@@ -19,80 +20,96 @@ from pathlib import Path
 PACK = Path(__file__).resolve().parents[1]
 CHECKPOINT = PACK / "small_model" / "checkpoints" / "exvideo_small.safetensors"
 EXTENSION = PACK / "small_model" / "exvideo" / "exvideo_small_128f.safetensors"
-SETTINGS = PACK / "small_model" / "post_tuning.yaml"
-VIDEOS = 960
-STEPS = 4200  # of the shipped extension
-ABLATION_STEPS = 300
+GUIDANCE = 2.0  # classifier-free guidance of all frames to sample with, as in the reference's example
+#: Training runs of the base, each of which continues the one before. From the second on, at several frame rates.
+BASE_RUNS: tuple[str, ...] = (
+    "--batch 48 --steps 2910 --rate 1.2e-3",
+    "--batch 24 --steps 1400 --rate 3e-4 --muon --warmup 30 --ema 0.99 --clips 256 --clip-frames 192 --skips 1 2 4",
+    "--batch 24 --steps 600 --rate 2e-4 --muon --warmup 30 --ema 0.99 --clips 256 --clip-frames 192 --skips 1 1 2 4"
+    " --seed 5",
+)
+#: Training runs of the extension, each of which continues the one before.
+EXTENSION_RUNS: tuple[str, ...] = (
+    "--batch 16 --steps 2213 --rate 1e-3 --positions-rate 10",
+    "--batch 4 --steps 1900 --rate 1.5e-4 --positions-rate 5 --muon --warmup 20 --ema 0.985 --clips 96"
+    " --clip-frames 192 --noise interval --noise-low 3 --noise-high 60 --noise-share 0.85",
+    "--batch 16 --steps 1231 --rate 3e-4 --positions-rate 5 --muon --warmup 50 --seed 3"
+    " --noise interval --noise-low 2 --noise-high 150 --noise-share 0.7",
+    "--batch 40 --steps 648 --rate 3e-4 --positions-rate 5 --muon --warmup 50 --seed 13"
+    " --noise interval --noise-low 4 --noise-high 100 --noise-share 0.8",
+    "--batch 4 --steps 1200 --rate 1.5e-4 --positions-rate 5 --muon --warmup 20 --ema 0.985 --clips 256"
+    " --clip-frames 192 --noise interval --noise-low 3 --noise-high 100 --noise-share 0.75",
+    "--batch 4 --steps 1500 --rate 1.5e-4 --positions-rate 5 --muon --warmup 20 --ema 0.985 --clips 256"
+    " --clip-frames 192 --noise interval --noise-low 1.5 --noise-high 100 --noise-share 0.75 --seed 7",
+)
+#: Run that continues the extension, as a whole or without a part.
+ABLATION_RUN = (
+    "--batch 4 --steps 300 --rate 3e-4 --positions-rate 5 --muon --warmup 20 --ema 0.985 --clips 96 --clip-frames 192"
+    " --noise interval --noise-low 3 --noise-high 100 --noise-share 0.7"
+)
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "no_convolution": ("--no-train-convolution",),
-    "no_positions": ("--no-train-positions",),
-    "no_attention": ("--no-train-attention",),
+    "no_convolution": ("--without", "convolution"),
+    "no_positions": ("--without", "positions"),
+    "no_attention": ("--without", "attention"),
 }
 
 
-def _run(*arguments: str | Path, processes: int = 1) -> None:
+_CPU = ["--bf16", "--compile"]
+
+
+def _run(*arguments: str | Path) -> None:
     """One thread a process: that is the faster use of few cores for a model this small."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACK)}
-    if processes > 1:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    subprocess.run(command, cwd=PACK, env=environment, check=True)
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=PACK, env=environment, check=True)
 
 
-def make_videos(out: Path) -> Path:
-    """The training videos; metadata.json, written last, says that they are all there."""
-    folder = out / "videos"
-    if not (folder / "metadata.json").exists():
-        _run("-m", "small_model.videos", "--out", folder, "--clips", str(VIDEOS))
-    return folder
+def _train(part: str, result: str, runs: Sequence[str], out: Path, options: Sequence[str | Path]) -> Path:
+    """Run the training runs of a part that are not finished. Returns the file of the last one."""
+    made: list[Path] = []
+    for number, settings in enumerate(runs, 1):
+        folder = out / f"{part}-{number}"
+        init = ("--init", made[-1]) if made else ()
+        made.append(folder / result)
+        if not made[-1].exists():
+            _run("-m", f"small_model.{part}", "--out", folder, *options, *init, *settings.split())
+    return made[-1]
 
 
-def post_tune(out: Path, base: Path, name: str, steps: int, options: Sequence[str] = (), processes: int = 1) -> Path:
-    """Train an extension by the pack's own command, or go on with it; the finished file."""
-    folder = out / name
-    given = ["--config", SETTINGS, "--base", base, "--data", make_videos(out), "--out", folder]
-    given += ["--cache-folder", out / "cache", "--steps", str(steps), *options]
-    _run("-m", "exvideo_core.post_tuning", *given, processes=processes)
-    return folder / "extension.safetensors"
-
-
-def ablations(out: Path, base: Path = CHECKPOINT, jobs: int = 2) -> Path:
-    """Train the ablations that are not there yet, `jobs` at a time; the folder with one file each."""
+def ablations(
+    out: Path, base: Path = CHECKPOINT, extension: Path = EXTENSION, device: Sequence[str] = (), jobs: int = 1
+) -> Path:
+    """Train the ablations whose files do not exist yet, in parallel processes. Returns their folder."""
     target = out / "ablations"
     target.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in ABLATIONS if not (target / f"{name}.safetensors").exists()]
 
     def train(name: str) -> None:
-        made = post_tune(out, base, f"ablation-{name}", ABLATION_STEPS, ABLATIONS[name])
-        shutil.copyfile(made, target / f"{name}.part")
-        os.replace(target / f"{name}.part", target / f"{name}.safetensors")
+        run, file = out / f"ablation-{name}", target / f"{name}.safetensors"
+        given = ["--base", base, "--init", extension, *(device or _CPU), *ABLATION_RUN.split(), *ABLATIONS[name]]
+        _run("-m", "small_model.extension", "--out", run, *given)
+        shutil.copyfile(run / "extension.safetensors", f"{file}.part")
+        os.replace(f"{file}.part", file)
 
-    if missing:
-        print(f"Training {len(missing)} ablations of {ABLATION_STEPS} steps each in {out} ...", flush=True)
-        make_videos(out)
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(train, missing))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, [name for name in ABLATIONS if not (target / f"{name}.safetensors").exists()]))
     return target
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="where base and extension are trained")
     options = parser.parse_args()
     out: Path = options.out.resolve()
     if not (out / "vae").exists() or not (out / "image_encoder").exists():
         _run("-m", "small_model.first_stage", "--out", out)
-    if not (out / "unet").exists():
-        _run("-m", "small_model.base", "--out", out, processes=options.processes)
-    base = out / "exvideo_small.safetensors"
-    if not base.exists():
-        _run("-m", "small_model.export", "--model", out, "--to", base)
-    made = post_tune(out, base, "extension", STEPS, processes=options.processes)
-    shutil.copyfile(made, out / "exvideo_small_128f.safetensors")
-    ablations(out, base, options.processes)
+    device = ["--device", "cuda", "--bf16", "--graph"] if options.device == "cuda" else _CPU
+    own = ["--first-stage", out, *device]
+    base = _train("base", "base.safetensors", BASE_RUNS, out, own)
+    shutil.copyfile(base, out / CHECKPOINT.name)
+    extension = _train("extension", "extension.safetensors", EXTENSION_RUNS, out, ["--base", base, *device])
+    shutil.copyfile(extension, out / EXTENSION.name)
+    ablations(out, base, extension, device)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""A synthetic world whose truth is known: two coloured shapes run back and forth, each in its own lane.
+"""A synthetic world with open futures: two coloured shapes run back and forth, each in its own lane.
 
-A clip is fixed by its first frame and its speed. Disks set out to the right, squares to the left, both turn round at
-the walls. The shapes of a clip share one of three speeds, which is what the motion bucket says. So every later frame
-of a clip follows from what a model is given, and any frame of a made clip can be measured against the true one.
+A clip's first frame and its motion bucket do not fix what follows. Each shape sets out to the left or to the right by
+chance, whatever its kind, its colour and the other lane, and turns round at the walls. The shapes of a clip share one
+of three speeds, which is what the motion bucket tells. So every clip has four possible futures, two a lane, and each
+can be computed: a made clip is measured against the nearest of them, and many clips against their shares.
 
-A shape that has turned round looks as it did before: one frame does not tell where it is heading, only the clip's
-first frame does. A model that goes on from the last frame of what it made can therefore not stay on the true path.
+The mean of the futures is no clip: it shows every shape at half strength in two places. A model that believes in the
+mean, as one step from pure noise does, is therefore told apart from one that chooses.
 
-Every clip shows the same background and each colour once, at one size. A small SVD normalises its 32 channels in 32
-groups, one channel each, so a picture's overall brightness and the share of a colour would be the one thing that it
-cannot carry from layer to layer.
+Every clip shows the same background and each colour once, at one size.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ if TYPE_CHECKING:
 SIZE = 64  # pixels, width and height
 LANES = 2
 RADIUS = 0.14  # of a shape, in picture widths
+SQUARE_SCALE = 1.13  # a square of about the disk's area reaches this much less far
 LEFT, RIGHT = 0.18, 0.82  # where centres turn round
 KINDS = ("disk", "square")
+HEADINGS = (-1, 1)  # to the left, to the right
 COLOURS = {"red": (0.92, 0.20, 0.18), "blue": (0.20, 0.35, 0.95)}
 BACKGROUND = (0.55, 0.75)  # grey level at the top and at the bottom
 SPEEDS = {40: 0.006, 100: 0.010, 160: 0.014}  # motion bucket -> picture widths per frame
@@ -43,6 +44,7 @@ class Clip:
         kind: index into `KINDS` [LANES].
         colour: index into `COLOURS` [LANES]; every clip shows each colour once.
         motion_bucket: key of `SPEEDS`.
+        heading: how each shape sets out, 1 to the right or -1 to the left [LANES].
     """
 
     x: np.ndarray
@@ -50,6 +52,7 @@ class Clip:
     kind: np.ndarray
     colour: np.ndarray
     motion_bucket: int
+    heading: np.ndarray
 
     @property
     def speed(self) -> float:
@@ -58,19 +61,18 @@ class Clip:
 
     def path(self, frames: int) -> np.ndarray:
         """True centres along x, in picture widths [frames, LANES]."""
+        return self._path(frames, self.heading)
+
+    def futures(self, frames: int) -> np.ndarray:
+        """The paths that the first frame leaves open, by `HEADINGS` [2, frames, LANES]; lanes choose independently."""
+        return np.stack([self._path(frames, np.full(LANES, heading)) for heading in HEADINGS])
+
+    def _path(self, frames: int, heading: np.ndarray) -> np.ndarray:
         span = RIGHT - LEFT
         # A shape that turns round at walls is one that runs round a circle twice as long, seen from the side.
-        start = np.where(self.kind == 0, self.x - LEFT, LEFT - self.x)
+        start = np.where(heading > 0, self.x - LEFT, LEFT - self.x)
         phase = (start[None] + self.speed * np.arange(frames)[:, None]) % (2 * span)
         return LEFT + np.where(phase <= span, phase, 2 * span - phase)
-
-    def sets_out_at(self, frame: int, frames: int) -> bool:
-        """Whether its shapes move, for some frames from this one on, as those of a clip that begins there.
-
-        A model takes a clip's first frame for where its shapes are heading: only such a clip can be gone on from.
-        """
-        ways = np.sign(np.diff(self.path(frame + frames), axis=0)[frame:])
-        return bool((ways == np.where(self.kind == 0, 1, -1)).all())
 
 
 def sample(seed: int) -> Clip:
@@ -83,6 +85,7 @@ def sample(seed: int) -> Clip:
         kind=random.integers(len(KINDS), size=LANES),
         colour=random.permutation(len(COLOURS)),
         motion_bucket=int(random.choice(list(SPEEDS))),
+        heading=random.choice(HEADINGS, LANES),
     )
 
 
@@ -110,7 +113,7 @@ def draw(clip: Clip, centres: np.ndarray, size: int = SIZE) -> np.ndarray:
     for lane in range(LANES):
         dx = np.abs(grid[None, None, :] - centres[:, lane, None, None])
         dy = np.abs(grid[None, :, None] - np.float32(clip.y[lane]))
-        distance = np.hypot(dx, dy) if clip.kind[lane] == 0 else np.maximum(dx, dy) * 1.13  # about the same area
+        distance = np.hypot(dx, dy) if clip.kind[lane] == 0 else np.maximum(dx, dy) * SQUARE_SCALE
         cover = np.clip((RADIUS - distance) * size + 0.5, 0, 1)[..., None].astype(np.float32)
         video += cover * (colours[clip.colour[lane]] - video)
     return video

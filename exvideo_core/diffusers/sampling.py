@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,35 +36,37 @@ def pipeline(svd: SVD) -> StableVideoDiffusionPipeline:
 
 
 @torch.no_grad()
-def generate_video(
+def generate_videos(
     svd: SVD,
-    image: torch.Tensor,
+    images: torch.Tensor,
     *,
+    seeds: Sequence[int],
     frames: int,
     fps: int = 30,
     motion_bucket_id: int = 127,
     noise_aug_strength: float = 0.02,
     steps: int = 25,
     guidance: tuple[float, float] = (1.0, 1.0),
-    seed: int = 0,
+    noise: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Generate a video from an image.
+    """Generate one video from each of N images.
 
     Args:
         svd: the model, with or without an extension (`patch.apply`).
-        image: the first frame [1, H, W, 3] in 0..1, in the size of the video.
-        frames: length of the video.
+        images: the first frames [N, H, W, 3] in 0..1, in the size of the videos.
+        seeds: one seed of the noise per video.
+        frames: length of the videos.
         fps: frame rate that the model is conditioned on.
         motion_bucket_id: amount of motion that the model is conditioned on, 0 to 127 in training.
-        noise_aug_strength: noise added to the image that conditions the model.
+        noise_aug_strength: noise added to the images that condition the model.
         steps: number of denoising steps.
         guidance: classifier-free guidance scale of the first and last frame.
-        seed: seed of the noise.
+        noise: initial noise of unit variance instead of the seeds' [N, frames, 4, H / 8, W / 8].
         progress: called with (finished step, steps) after each step; an exception cancels the run.
 
     Returns:
-        uint8 [frames, H, W, 3].
+        uint8 [N, frames, H, W, 3].
     """
 
     def on_step_end(_: object, index: int, __: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -73,11 +76,11 @@ def generate_video(
 
     pipe = pipeline(svd)
     pipe.set_progress_bar_config(disable=True)
-    height, width = image.shape[1:3]
-    # A PIL image, because the pipeline does not resize tensors for CLIP.
-    pixels = (image[0] * 255).round().clamp(0, 255).byte().cpu().numpy()
+    height, width = images.shape[1:3]
+    # PIL images, because the pipeline does not resize tensors for CLIP.
+    pixels = (images * 255).round().clamp(0, 255).byte().cpu().numpy()
     result = pipe(
-        Image.fromarray(pixels),
+        [Image.fromarray(image) for image in pixels],
         height=height,
         width=width,
         num_frames=frames,
@@ -87,37 +90,50 @@ def generate_video(
         fps=fps,
         motion_bucket_id=motion_bucket_id,
         noise_aug_strength=noise_aug_strength,
-        generator=torch.Generator().manual_seed(seed),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        latents=noise,
         callback_on_step_end=on_step_end,
         output_type="latent",
     )
-    return (decode(svd, result.frames[0]) * 255).round().astype(np.uint8)
+    return (decode(svd, result.frames) * 255).round().astype(np.uint8)
+
+
+def generate_video(
+    svd: SVD, image: torch.Tensor, *, seed: int = 0, noise: torch.Tensor | None = None, **options: Any
+) -> np.ndarray:
+    """Generate a video from an image [1, H, W, 3]: `generate_videos` for a single one.
+
+    Returns:
+        uint8 [frames, H, W, 3].
+    """
+    noises = None if noise is None else noise[None]
+    return generate_videos(svd, image, seeds=[seed], noise=noises, **options)[0]
 
 
 @torch.no_grad()
 def decode(svd: SVD, latents: torch.Tensor, segment_frames: int = 24, overlap_frames: int = 12) -> np.ndarray:
-    """Decode a video in overlapping segments, as the ExVideo Decode node does by default.
+    """Decode videos in overlapping segments, as the ExVideo Decode node does by default.
 
     The pipeline's own chunks do not overlap, so that images jump from one chunk to the next.
 
     Args:
         svd: the model.
-        latents: the UNet's latents, scaled by the VAE's factor [T, 4, H, W].
+        latents: the UNet's latents of one or several videos, scaled by the VAE's factor [..., T, 4, H, W].
         segment_frames: frames per segment.
         overlap_frames: frames that neighboring segments share.
 
     Returns:
-        float32 [T, 8 H, 8 W, 3] in 0..1.
+        float32 [..., T, 8 H, 8 W, 3] in 0..1.
     """
-    frames = len(latents)
-    unscaled = latents / svd.vae.config.scaling_factor
-    video, weight_sum = None, torch.zeros(frames, 1, 1, 1)
+    *videos, frames, _, height, width = latents.shape
+    unscaled = latents.reshape(-1, *latents.shape[-4:]) / svd.vae.config.scaling_factor
+    decoded = torch.zeros(len(unscaled), frames, 3, 8 * height, 8 * width)
+    weight_sum = torch.zeros(frames, 1, 1, 1)
     for start, end in split_segments(frames, segment_frames, overlap_frames):
-        pixels = svd.vae.decode(unscaled[start:end], num_frames=end - start).sample.float().cpu()
+        segment = unscaled[:, start:end].flatten(0, 1)
+        pixels = svd.vae.decode(segment, num_frames=end - start).sample.float().cpu()
         weights = segment_weights(start, end, frames, overlap_frames, "smooth").view(-1, 1, 1, 1)
-        if video is None:
-            video = pixels.new_zeros(frames, *pixels.shape[1:])
-        video[start:end] += pixels * weights
+        decoded[:, start:end] += pixels.unflatten(0, (-1, end - start)) * weights
         weight_sum[start:end] += weights
-    assert video is not None  # a video has at least one frame, hence one segment
-    return ((video / weight_sum + 1) / 2).clamp(0, 1).movedim(1, -1).numpy()
+    decoded = ((decoded / weight_sum + 1) / 2).clamp(0, 1).movedim(2, -1)
+    return decoded.reshape(*videos, *decoded.shape[1:]).numpy()

@@ -146,7 +146,7 @@ def test_check_tells_what_a_checkpoint_is(capsys, monkeypatch) -> None:
     from small_model import recipe
 
     code, text = described(recipe.CHECKPOINT, capsys, monkeypatch)
-    assert code == 0 and "an SVD checkpoint (it belongs in models/checkpoints), 1728 tensors, F16" in text
+    assert code == 0 and "an SVD checkpoint (it belongs in models/checkpoints), 1726 tensors, F16" in text
 
 
 def test_check_tells_what_is_wrong(tmp_path: Path, capsys, monkeypatch) -> None:

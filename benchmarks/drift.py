@@ -1,0 +1,101 @@
+"""Does a long video in windows drift? The small model's videos, measured window by window, in ComfyUI.
+
+    python run.py bench drift [--clips 16] [--frames 256 512 1024] [--recycled FILE]
+
+With `--recycled`, an extension that was post-tuned with error recycling is compared with the other one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from exvideo_core.video.windows import split_windows
+from small_model import measure, recipe, world
+
+from . import report
+from .long_videos import OVERLAP, WINDOW, Maker, Row, make_all
+from .method_measures import interval
+
+STEPS = 25
+ROW = Row("sequential, window start", windows={})
+
+
+def by_window(clip: world.Clip, video: np.ndarray) -> dict[str, np.ndarray]:
+    """Measures of the frames that each window adds to a video [windows].
+
+    Args:
+        clip: the true clip.
+        video: [T, H, W, 3] in 0..1.
+    """
+    ends = [window[-1] + 1 for window in split_windows(len(video), WINDOW, OVERLAP)]
+    parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    sighting = measure.sight(clip, video)
+    frames = {
+        "presence": sighting.present,
+        "strength": sighting.strength,
+        "exchanged": sighting.exchanged,
+        "mixed": sighting.mixed,
+        "path_error": measure.path_error(sighting, clip),
+        "background": np.abs(video - world.background(video.shape[1])).mean((2, 3)) * _gray(video),
+    }
+    return {name: np.array([values[part].mean() for part in parts]) for name, values in frames.items()}
+
+
+def _gray(video: np.ndarray) -> np.ndarray:
+    """1 in the rows of a frame that show no shape, else 0 [T, H]."""
+    return (video.max(-1) - video.min(-1) < 0.1).all(-1)
+
+
+def slope(values: np.ndarray) -> float:
+    """Change per window, by linear regression over the windows."""
+    return float(np.polyfit(np.arange(len(values)), values, 1)[0])
+
+
+def metric(found: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+    """Mean of each measure and its slope per window, with 95% intervals over videos."""
+    result = {}
+    for name in found[0]:
+        result[name] = interval(np.array([each[name].mean() for each in found]))
+        result[f"{name}_slope"] = interval(np.array([slope(each[name]) for each in found]))
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="run.py bench drift", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
+    parser.add_argument("--recycled", type=Path, help="an extension post-tuned with error recycling")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
+    options = parser.parse_args()
+    table = []
+    for recycled, file in ((False, options.extension), (True, options.recycled)):
+        if file is None:
+            continue
+        maker = Maker(file, STEPS)
+        wanted = [(ROW, index, frames) for frames in options.frames for index in range(options.clips)]
+        make_all(maker, wanted, options.jobs)
+        for frames in options.frames:
+            found = []
+            for index in range(options.clips):
+                video = maker.kept(ROW, index, frames)
+                found.append(by_window(world.sample(world.HELD_OUT + index), video))
+            row = {"row": ROW.name, "frames": frames, "recycled": recycled, "clips": options.clips}
+            table.append({**row, "metric": metric(found)})
+            print(report.markdown([_flat(table[-1])]).splitlines()[-1], flush=True)
+    report.write("drift", table, table=[_flat(row) for row in table])
+    return 0
+
+
+def _flat(row: dict) -> dict:
+    """The row with its measures as columns."""
+    return {**{name: value for name, value in row.items() if name != "metric"}, **row["metric"]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
