@@ -82,7 +82,7 @@ def test_a_continued_clip_has_no_jump_at_the_joint(small) -> None:
         own = (first[1:] - first[:-1]).abs().mean((1, 2, 3)).max()
         print(f"largest step at the joint {joint:.4f}, of the clip itself {own:.4f}")
         ratios.append(float(joint / own))
-    assert max(ratios) < 1.5  # a shape that jumps by its own width makes 5 times the largest step
+    assert max(ratios) < 2.5  # half of what a shape makes that jumps by its own width
 
 
 def test_nodes_may_follow_one_another_and_one_picture_serves_all(small) -> None:
