@@ -1,4 +1,4 @@
-"""Workflows through real servers on simulated cards: each mode of memory gives the same frames, and near a CPU's."""
+"""Workflows through real servers on simulated cards: near a CPU's frames, and the same where weights load alike."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_each_mode_of_memory(server: Server, name: str, expected: Expected, alik
     graph = graph_of(name)
     found = clips.frames(server, graph)
     clips.assert_near(found, expected(name, graph), name)
-    alike(name, found)
+    # ComfyUI's two ways of loading weights may round differently, also without an extension.
+    alike(f"{name}, {server.simulation.dynamic}", found)
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"], indirect=True, scope="session")
