@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from runner.environment import cache_folder
 from runner.hosts import PACK
@@ -25,6 +23,7 @@ from small_model.held_out import SIGMAS, HeldOut
 
 from . import method_measures as measures
 from . import method_plots as plots
+from . import report
 from .method_rows import FRAMES, Maker, Row, ablation_rows, main_rows, make_all
 
 RESULTS = PACK / "benchmarks" / "results"
@@ -86,21 +85,16 @@ def _write(
     own_length: dict[str, dict[str, float]] | None = None,
     **more: object,
 ) -> None:
-    report = {
+    results = {
         "command": " ".join(["python run.py bench method", *sys.argv[1:]]),
-        "machine": _machine(),
+        "machine": report.machine(),
         "frames": FRAMES, "steps": clips.STEPS, "guidance": recipe.GUIDANCE,
         "rows": table, "base_at_25_frames": own_length, **more,
     }  # fmt: skip
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    target.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = plots.markdown(table, titles, own_length)
     target.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
-
-
-def _machine() -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{name}, {platform.system()}, torch {torch.__version__}"
 
 
 def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], dict[str, np.ndarray]]:
@@ -112,8 +106,8 @@ def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], d
         for index in range(count):
             video = maker.clip(row, index)
             clip = world.sample(world.HELD_OUT + index)
-            figures, frames = measures.of_clip(clip, video)
-            right += int((measure.match(measure.sight(clip, video), clip).heading > 0).sum())
+            figures, frames, to_the_right = measures.of_clip(clip, video)
+            right += to_the_right
             found.append(figures)
             errors.append(frames)
             seen.append(features(video))

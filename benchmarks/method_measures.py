@@ -25,8 +25,8 @@ _STRIDE = 4
 _LOST_STEP = 2.0  # a missing shape counts like a step in the wrong direction
 
 
-def of_clip(clip: world.Clip, video: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Measures of one video, except for the Fréchet distance, and its path error by frame [T].
+def of_clip(clip: world.Clip, video: np.ndarray) -> tuple[dict[str, float], np.ndarray, int]:
+    """Measures of one video, except for the Fréchet distance, its path error by frame [T], and its shapes to the right.
 
     Args:
         clip: the true clip.
@@ -37,17 +37,21 @@ def of_clip(clip: world.Clip, video: np.ndarray) -> tuple[dict[str, float], np.n
     errors = nearest.error
     steps, true_steps = np.diff(sighting.x, axis=0), np.diff(nearest.path, axis=0)
     wrong = np.abs(steps - true_steps) / clip.speed
-    return {
-        "presence": float(sighting.present.mean()),
-        "exchanged": float(sighting.exchanged.mean()),
-        "mixed": float(sighting.mixed.mean()),
-        "path_error": float(errors.mean()),
-        "path_error_end": float(errors[-len(video) // 4 :].mean()),
-        "jump": float(np.where(np.isnan(wrong), _LOST_STEP, wrong).mean()),
-        "largest_step": _largest(sighting.x, 1) / clip.speed,
-        "largest_stride": _largest(sighting.x, _STRIDE) / clip.speed,
-        "background_drift": _background_drift(video),
-    }, errors.mean(1)
+    return (
+        {
+            "presence": float(sighting.present.mean()),
+            "exchanged": float(sighting.exchanged.mean()),
+            "mixed": float(sighting.mixed.mean()),
+            "path_error": float(errors.mean()),
+            "path_error_end": float(errors[-len(video) // 4 :].mean()),
+            "jump": float(np.where(np.isnan(wrong), _LOST_STEP, wrong).mean()),
+            "largest_step": _largest(sighting.x, 1) / clip.speed,
+            "largest_stride": _largest(sighting.x, _STRIDE) / clip.speed,
+            "background_drift": _background_drift(video),
+        },
+        errors.mean(1),
+        int((nearest.heading > 0).sum()),
+    )
 
 
 def _largest(x: np.ndarray, frames: int) -> float:

@@ -266,8 +266,8 @@ def _true_features(seed: int) -> np.ndarray:
 
 def _measured(path: Path, index: int) -> Measured:
     video, clip = kept.load(path), world.sample(world.HELD_OUT + index)
-    right = int((measure.match(measure.sight(clip, video), clip).heading > 0).sum())
-    return Measured(measures.of_clip(clip, video)[0], right, _features()(video), int(np.load(path)["calls"]))
+    metric, _, right = measures.of_clip(clip, video)
+    return Measured(metric, right, _features()(video), int(np.load(path)["calls"]))
 
 
 def summary(row: Row, found: Sequence[Measured], true: np.ndarray) -> dict[str, Any]:

@@ -28,9 +28,7 @@ def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
     cache.
     """
     conditioning = {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
-    # One condition: whether ComfyUI computes two in one call, which rounds otherwise, depends on free memory.
-    sampling = {"steps": steps, "cfg": 1.0}
-    graph = quickstart(**{"ExVideoConditioning": conditioning, "KSampler": sampling, **changes})
+    graph = quickstart(**{"ExVideoConditioning": conditioning, "KSampler": {"steps": steps}, **changes})
     for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
         del graph[key]
     saved = {"images": [find(graph, "ExVideoDecode"), 0], "filename_prefix": "frame"}

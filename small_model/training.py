@@ -46,7 +46,6 @@ class Plan:
         steps: steps to train (0: unlimited).
         seconds: time to train (0: unlimited).
         ema: decay of the moving average (EMA) per step.
-        contrast: factor on the target latents.
         seed: seed of clips and noise.
         muon: update matrices and convolutions with Muon (Jordan et al. 2024) instead of AdamW.
         recycle: share of clips whose first frame gets an error that the model made before, as in
@@ -65,7 +64,6 @@ class Plan:
     steps: int = 0
     seconds: float = 0.0
     ema: float = 0.998
-    contrast: float = 1.0
     seed: int = 0
     muon: bool = False
     recycle: float = 0.0
@@ -148,7 +146,7 @@ class Learner:
         slow = self.device.type == "cpu" and self.dtype == torch.bfloat16
         with sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
             clean = denoise(self.call, noisy, b["sigma"], b["first"], b["embedding"], b["ids"])
-        errors = (clean - b["latents"] * self.plan.contrast).square().flatten(1).mean(1)
+        errors = (clean - b["latents"]).square().flatten(1).mean(1)
         (errors * self.plan.weight(b["sigma"])).mean().backward()
         self.errors.copy_(errors.detach())
         self.denoised = clean.detach()

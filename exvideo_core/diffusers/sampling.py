@@ -98,16 +98,13 @@ def generate_videos(
     return (decode(svd, result.frames) * 255).round().astype(np.uint8)
 
 
-def generate_video(
-    svd: SVD, image: torch.Tensor, *, seed: int = 0, noise: torch.Tensor | None = None, **options: Any
-) -> np.ndarray:
+def generate_video(svd: SVD, image: torch.Tensor, *, seed: int = 0, **options: Any) -> np.ndarray:
     """Generate a video from an image [1, H, W, 3]: `generate_videos` for a single one.
 
     Returns:
         uint8 [frames, H, W, 3].
     """
-    noises = None if noise is None else noise[None]
-    return generate_videos(svd, image, seeds=[seed], noise=noises, **options)[0]
+    return generate_videos(svd, image, seeds=[seed], **options)[0]
 
 
 @torch.no_grad()

@@ -82,7 +82,8 @@ def test_a_continued_clip_has_no_jump_at_the_joint(small) -> None:
         own = (first[1:] - first[:-1]).abs().mean((1, 2, 3)).max()
         print(f"largest step at the joint {joint:.4f}, of the clip itself {own:.4f}")
         ratios.append(float(joint / own))
-    assert max(ratios) < 2.5  # half of what a shape makes that jumps by its own width
+    # Joined four frames too late, these clips have ratios of 1.5 to 2.7.
+    assert max(ratios) < 2 and sum(ratios) / len(ratios) < 1.5
 
 
 def test_nodes_may_follow_one_another_and_one_picture_serves_all(small) -> None:

@@ -109,6 +109,7 @@ def test_either_future_measures_as_true() -> None:
         found = figures(clip, video)
         assert found["presence"] == 1 and found["path_error"] < 0.003 and found["jump"] < 0.3
         assert (measure.match(measure.sight(clip, video), clip).heading == heading).all()
+        assert measures.of_clip(clip, video)[2] == (world.LANES if heading > 0 else 0)
 
 
 def test_wobble_is_in_steps_and_leaps_are_in_strides_too() -> None:
