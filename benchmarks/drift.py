@@ -1,6 +1,6 @@
 """Does a long video in windows drift? The small model's videos, measured window by window, in ComfyUI.
 
-    python run.py bench drift [--clips 16] [--frames 256 512 1024] [--recycled FILE]
+    python run.py bench drift [--frames 256 512 1024] [--clips 16 16 8] [--recycled FILE]
 
 With `--recycled`, an extension that was post-tuned with error recycling is compared with the other one.
 """
@@ -20,7 +20,6 @@ from . import report
 from .long_videos import OVERLAP, WINDOW, Maker, Row, make_all
 from .method_measures import interval
 
-STEPS = 25
 ROW = Row("sequential, window start", windows={})
 
 
@@ -67,25 +66,28 @@ def metric(found: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench drift", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024], help="lengths of the videos")
+    parser.add_argument("--clips", type=int, nargs="+", default=[16, 16, 8], help="number of videos of each length")
     parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
     parser.add_argument("--recycled", type=Path, help="an extension post-tuned with error recycling")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     options = parser.parse_args()
+    if len(options.clips) != len(options.frames):
+        parser.error("--clips needs one number for each length in --frames")
+    sizes = list(zip(options.frames, options.clips, strict=True))
     table = []
     for recycled, file in ((False, options.extension), (True, options.recycled)):
         if file is None:
             continue
-        maker = Maker(file, STEPS)
-        wanted = [(ROW, index, frames) for frames in options.frames for index in range(options.clips)]
+        maker = Maker(file)
+        wanted = [(ROW, index, frames) for frames, clips in sizes for index in range(clips)]
         make_all(maker, wanted, options.jobs)
-        for frames in options.frames:
+        for frames, clips in sizes:
             found = []
-            for index in range(options.clips):
+            for index in range(clips):
                 video = maker.kept(ROW, index, frames)
                 found.append(by_window(world.sample(world.HELD_OUT + index), video))
-            row = {"row": ROW.name, "frames": frames, "recycled": recycled, "clips": options.clips}
+            row = {"row": ROW.name, "frames": frames, "recycled": recycled, "clips": clips}
             table.append({**row, "metric": metric(found)})
             print(report.markdown([_flat(table[-1])]).splitlines()[-1], flush=True)
     report.write("drift", table, table=[_flat(row) for row in table])

@@ -28,6 +28,8 @@ from .method_rows import FRAMES, Maker, Row, ablation_rows, main_rows, make_all
 
 RESULTS = PACK / "benchmarks" / "results"
 CURVE_MEASURES = ("presence", "exchanged", "mixed", "path_error")
+#: Measures of each clip, and features of the videos [N, D].
+_Measured = tuple[list[dict[str, float]], np.ndarray]
 _log = logging.getLogger("bench")
 
 
@@ -100,7 +102,7 @@ def _write(
 def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], dict[str, np.ndarray]]:
     features = measures.Features(measures.FITTED_ON)
     true = np.stack([features(world.render(world.sample(seed), FRAMES)) for seed in measures.TRUE_CLIPS])
-    table, by_frame = [], {}
+    table, by_frame, by_row = [], {}, {}
     for row, count in wanted:
         found, errors, seen, right = [], [], [], 0
         for index in range(count):
@@ -118,8 +120,28 @@ def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], d
         heading = {"share": right / shapes, "low": low, "high": high}
         table.append({"row": row.name, "clips": count, "metric": metric, "heading_right": heading})
         by_frame[row.name] = np.stack(errors)
+        by_row[row.name] = found, np.stack(seen)
         _log.info("Measured %s.", row.name)
+    for entry in table:
+        if entry["row"] != "extended" and "extended" in by_row:
+            entry["extended_minus_this"] = _difference(by_row["extended"], by_row[entry["row"]], true)
     return table, by_frame
+
+
+def _difference(
+    first: tuple[list[dict[str, float]], np.ndarray],
+    second: tuple[list[dict[str, float]], np.ndarray],
+    true: np.ndarray,
+) -> dict[str, dict[str, float]]:
+    """Differences between two rows' measures, clip by clip, with 95% intervals.
+
+    Args:
+        first, second: the rows.
+        true: features of true videos.
+    """
+    pairs = list(zip(first[0], second[0], strict=True))
+    found = {name: measures.interval(np.array([a[name] - b[name] for a, b in pairs])) for name in first[0][0]}
+    return {**found, "frechet": measures.frechet_difference(first[1], second[1], true)}
 
 
 def _own_length(maker: Maker, count: int) -> dict[str, dict[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from small_model import measure, world
@@ -124,9 +126,27 @@ def frechet_interval(generated: np.ndarray, true: np.ndarray, seed: int = 0, dra
     A bootstrap would draw videos repeatedly, which reduces their variance and increases the distance. Results for
     random halves scatter around the result for all videos as much as that one scatters around the truth.
     """
+    return _of_halves(lambda part: frechet(generated[part], true), len(generated), seed, draws)
+
+
+def frechet_difference(
+    generated: np.ndarray, other: np.ndarray, true: np.ndarray, seed: int = 0, draws: int = 200
+) -> dict[str, float]:
+    """Fréchet distance of videos minus that of others of the same clips, with its interval as in `frechet_interval`.
+
+    Which clips were chosen moves both distances alike, so that the difference is known better than either of them.
+    """
+
+    def difference(part: np.ndarray) -> float:
+        return frechet(generated[part], true) - frechet(other[part], true)
+
+    return _of_halves(difference, len(generated), seed, draws)
+
+
+def _of_halves(statistic: Callable[[np.ndarray], float], count: int, seed: int, draws: int) -> dict[str, float]:
+    """A statistic of all of `count` videos, and its 95% interval from random halves of them."""
     random = np.random.default_rng(seed)
-    half = len(generated) // 2
-    found = [frechet(generated[random.permutation(len(generated))[:half]], true) for _ in range(draws)]
-    mean = frechet(generated, true)
+    found = [statistic(random.permutation(count)[: count // 2]) for _ in range(draws)]
+    mean = statistic(np.arange(count))
     low, high = np.percentile(np.array(found) - np.mean(found), [2.5, 97.5])
     return {"mean": mean, "low": mean + float(low), "high": mean + float(high)}

@@ -91,6 +91,10 @@ class Maker:
         import comfy.samplers
         from comfy.patcher_extension import WrappersMP
 
+        from exvideo_core.comfyui.sampling.few_steps import set_sigma_range
+
+        if row.sigmas is not None:
+            set_sigma_range(model, *row.sigmas)
         clips = _Clips(model, [_conditions(self.base, index) for index in indices])
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bench_steps", clips.call)
         guider = _guider(model, row)

@@ -23,6 +23,7 @@ class Row:
         scheduler: ComfyUI's name, or "ays" for Align Your Steps.
         guidance: classifier-free guidance scale.
         interval: noise levels (low, high) outside of which there is no guidance.
+        sigmas: highest and lowest noise level, other than the model's own.
         cache: ComfyUI's node "EasyCache" or "LazyCache" with a threshold.
     """
 
@@ -33,6 +34,7 @@ class Row:
     scheduler: str = "karras"
     guidance: float = recipe.GUIDANCE
     interval: tuple[float, float] | None = None
+    sigmas: tuple[float, float] | None = None
     cache: tuple[str, float] | None = None
 
 
@@ -45,6 +47,10 @@ def rows() -> list[Row]:
     for scheduler in ("ays", "exponential", "beta", "sgm_uniform"):
         found += [Row(f"euler, {scheduler}, {n} steps", "fast", n, scheduler=scheduler) for n in (15, 8, 4)]
     found += [Row(f"euler, {steps} steps, no guidance", "fast", steps, guidance=1.0) for steps in (25, 8, 4, 1)]
+    ranges = (("euler", 8, 200.0, 1.0), ("lcm", 8, 700.0, 1.0), ("euler", 4, 45.0, 2.5), ("euler", 2, 45.0, 6.0))
+    for sampler, n, high, low in ranges:
+        name = f"{sampler}, {n} steps, no guidance, sigma {high:g} to {low:g}"
+        found.append(Row(name, "fast", n, sampler, guidance=1.0, sigmas=(high, low)))
     found.append(Row("euler, 25 steps, guidance below 10", "fast", 25, interval=(0.0, 10.0)))
     for node in ("EasyCache", "LazyCache"):
         found += [Row(f"euler, 25 steps, {node} {t}", "fast", 25, cache=(node, t)) for t in (0.05, 0.1, 0.2)]
@@ -52,5 +58,5 @@ def rows() -> list[Row]:
 
 
 def few_step_rows(name: str) -> list[Row]:
-    """The rows of a distilled model."""
-    return [Row(f"{name}, {n} steps", "few-step", n, scheduler="sgm_uniform", guidance=1.0) for n in (8, 4, 2, 1)]
+    """The rows of a distilled model, which brings its own noise levels."""
+    return [Row(f"{name}, {n} steps", "few-step", n, guidance=1.0) for n in (8, 4, 2, 1)]

@@ -28,6 +28,9 @@ NoiseKind = Literal["ramp", "interval", "lognormal"]
 #: What post-tuning trains for: the published denoising loss, or step distillation.
 Objective = Literal["denoise", "distill"]
 
+#: How far the teacher of a step distillation goes: one step, or to the end of a phase.
+DistillTarget = Literal["consistency", "progressive"]
+
 #: How two videos are arranged for comparison.
 Direction = Literal["side by side", "one above the other"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)

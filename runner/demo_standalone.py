@@ -19,7 +19,9 @@ def main() -> int:
 
     started = time.monotonic()
     nodes = quickstart()
-    sampling, conditioning = nodes["KSampler"], nodes["ExVideoConditioning"]
+    sampling, conditioning, levels = (
+        nodes[kind] for kind in ("KSampler", "ExVideoConditioning", "ModelSamplingContinuousEDM")
+    )
     clip = world.sample(nodes["ExVideoExamplePicture"]["seed"])
     svd = checkpoint.load(recipe.CHECKPOINT)
     patch.apply(svd.unet, Extension.load(recipe.EXTENSION))
@@ -31,7 +33,8 @@ def main() -> int:
         motion_bucket_id=clip.motion_bucket,
         noise_aug_strength=conditioning["noise_aug_strength"],
         steps=sampling["steps"],
-        guidance=(nodes["VideoLinearCFGGuidance"]["min_cfg"], sampling["cfg"]),
+        guidance=(sampling["cfg"], sampling["cfg"]),
+        sigmas=(levels["sigma_max"], levels["sigma_min"]),
         seed=sampling["seed"],
         progress=lambda step, steps: print(f"\rsampling: {step}/{steps}   ", end="", flush=True),
     )

@@ -7,6 +7,8 @@ import itertools
 import json
 from typing import Any
 
+from small_model import recipe
+
 from .hosts import PACK
 from .server import Prompt
 
@@ -22,13 +24,18 @@ def quickstart(**changes: dict[str, Any]) -> Prompt:
 
 
 def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
-    """The quickstart with few frames and steps, saving lossless images.
+    """The quickstart with the usual extension, guidance, few frames and steps, saving lossless images.
 
     Each call uses a new seed for noise of strength 0: the result is the same, but ComfyUI does not take it from its
     cache.
     """
     conditioning = {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
-    graph = quickstart(**{"ExVideoConditioning": conditioning, "KSampler": {"steps": steps}, **changes})
+    defaults = {
+        "ExVideoLoader": {"extension_name": recipe.EXTENSION.name},
+        "ExVideoConditioning": conditioning,
+        "KSampler": {"steps": steps, "cfg": recipe.GUIDANCE},
+    }
+    graph = quickstart(**{**defaults, **changes})
     for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
         del graph[key]
     saved = {"images": [find(graph, "ExVideoDecode"), 0], "filename_prefix": "frame"}

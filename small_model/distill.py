@@ -16,15 +16,16 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from exvideo_core.choices import DistillTarget
 from exvideo_core.diffusers import checkpoint, patch
 from exvideo_core.diffusers.checkpoint import SVD
 from exvideo_core.method.extension import Extension, FewSteps
-from exvideo_core.post_tuning.distillation import Distillation, distillation_loss, path_levels, with_weights
-from exvideo_core.post_tuning.loss import VideoUNet, denoise, loss_weight
+from exvideo_core.post_tuning.distillation import Distillation, Paths, distillation_loss, phase_levels, with_weights
+from exvideo_core.post_tuning.loss import SIGMA_MAX, VideoUNet, denoise, loss_weight
 from exvideo_core.post_tuning.samples import Sample
 from exvideo_core.post_tuning.selection import select
 
@@ -44,8 +45,7 @@ class Student(Learner):
         unet: the teacher, from which student and target network start.
         groups: as for `Learner`.
         plan: as for `Learner`. Its noise levels are the teacher's.
-        calls: number of phases.
-        teacher_steps: number of the teacher's noise levels.
+        paths: where the teacher steps.
         guidance: classifier-free guidance of the teacher.
         decay: of the target network per step.
         dtype: as for `Learner`.
@@ -59,8 +59,7 @@ class Student(Learner):
         unet: torch.nn.Module,
         groups: Sequence[tuple[Sequence[torch.nn.Parameter], float]],
         plan: Plan,
-        calls: int,
-        teacher_steps: int,
+        paths: Paths,
         guidance: float,
         decay: float,
         dtype: torch.dtype = torch.float32,
@@ -70,32 +69,31 @@ class Student(Learner):
     ) -> None:
         super().__init__(unet, groups, plan, dtype, graph, compiled)
         self.teacher = teacher
-        self.distillation = Distillation(
-            dict(zip(self.names, self.live, strict=True)), calls, teacher_steps, guidance, decay
-        )
         # Copied only once, because a copy to a GPU waits for all running kernels.
-        for name in ("levels", "ends"):
-            setattr(self.distillation, name, getattr(self.distillation, name).to(self.device))
+        weights = dict(zip(self.names, self.live, strict=True))
+        self.distillation = Distillation(weights, paths.to(self.device), guidance, decay)
         # The moving average needs float32: in bfloat16, it would miss small changes.
         self.targets = [master.clone() for master in self.masters]
-        for name in ("lower", "end"):
-            self.buffers[name] = torch.zeros(plan.batch, device=self.device)
+        self.buffers["steps"] = torch.zeros(plan.batch, paths.steps.shape[1], device=self.device)
+        self.buffers["end"] = torch.zeros(plan.batch, device=self.device)
 
     def fill(self, bank: Bank) -> None:
         super().fill(bank)
-        _, lower, end = self.distillation.place(self._sample())
-        self.buffers["lower"].copy_(lower)
+        sample, steps, end = self.distillation.place(self._sample())
+        self.buffers["latents"].copy_(sample.latents)
+        self.buffers["steps"].copy_(steps)
         self.buffers["end"].copy_(end)
 
     def _sample(self) -> Sample:
         return Sample(*(self.buffers[name] for name in ("latents", "noise", "sigma", "first", "embedding", "ids")))
 
     def _compute(self) -> None:
-        sample, lower, end = self._sample(), self.buffers["lower"], self.buffers["end"]
+        sample, steps, end = self._sample(), self.buffers["steps"], self.buffers["end"]
         noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
         # Before the student's call, whose backward pass needs the student's weights in the UNet.
-        target = self._target(noisy, sample, lower, end)
-        denoised = denoise(self.call, noisy, sample.sigma, sample.first, sample.embedding, sample.ids)
+        target = self._target(noisy, sample, steps, end)
+        with self.attention():
+            denoised = denoise(self.call, noisy, sample.sigma, sample.first, sample.embedding, sample.ids)
         distillation_loss(denoised, target, sample.sigma, end)[1].backward()
         self.errors.copy_((denoised.detach() - target).square().flatten(1).mean(1))
 
@@ -107,8 +105,8 @@ class Student(Learner):
         return self.call
 
     @torch.no_grad()
-    def _target(self, noisy: torch.Tensor, sample: Sample, lower: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        found = self.distillation.target(self._take, noisy, sample, lower, end)
+    def _target(self, noisy: torch.Tensor, sample: Sample, steps: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        found = self.distillation.target(self._take, noisy, sample, steps, end)
         torch._foreach_copy_(self.live, self.masters)
         return found
 
@@ -130,11 +128,16 @@ class Student(Learner):
         self._update_targets(0.0)
 
 
+def paths_of(options: argparse.Namespace) -> Paths:
+    """Where the teacher steps."""
+    phases = phase_levels(options.calls, options.sigma_max, options.sigma_min)
+    return Paths.of(phases, options.teacher_steps, options.target)
+
+
 def plan_of(options: argparse.Namespace, frames: int) -> Plan:
-    """The plan of a distillation, whose noise levels are the teacher's."""
-    levels, _ = path_levels(options.calls, options.teacher_steps)
+    """The plan of a distillation, whose noise levels are those that the teacher starts from."""
     return Plan(
-        frames=frames, batch=options.batch, rate=options.rate, warmup=options.warmup, levels=levels[:-1],
+        frames=frames, batch=options.batch, rate=options.rate, warmup=options.warmup, levels=paths_of(options).levels,
         weight=loss_weight, steps=options.steps, seconds=options.seconds, ema=options.ema, seed=options.seed,
         muon=options.muon,
     )  # fmt: skip
@@ -169,7 +172,7 @@ def train(options: argparse.Namespace) -> None:
     plan = plan_of(options, extension.FRAMES if options.init else base.FRAMES)
     bank = Bank.encode(svd.vae, svd.image_encoder, range(options.clips), options.clip_frames)
     student = Student(
-        unet.train(), groups, plan, options.calls, options.teacher_steps, options.guidance, options.decay,
+        unet.train(), groups, plan, paths_of(options), options.guidance, options.decay,
         dtype, options.graph, options.compile, teacher,
     )  # fmt: skip
     student.resume(out / "distill-state.pt")
@@ -177,7 +180,8 @@ def train(options: argparse.Namespace) -> None:
     if options.init:
         target = out / "few_steps.safetensors"
         weights = student.average()
-        patch.collect(unet, weights, FewSteps(options.calls)).save(f"{target}.part.safetensors")
+        few_steps = FewSteps(options.calls, sigma_max=options.sigma_max, sigma_min=options.sigma_min)
+        patch.collect(unet, weights, few_steps).save(f"{target}.part.safetensors")
         os.replace(f"{target}.part.safetensors", target)
     else:
         unet.float().load_state_dict(student.average(), strict=True)
@@ -191,6 +195,9 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="extension to distill (default: distill the base)")
     parser.add_argument("--onto", type=Path, help="distilled base that the resulting extension is for")
     parser.add_argument("--calls", type=int, default=4, help="denoising steps that the student needs")
+    parser.add_argument("--sigma-max", type=float, default=SIGMA_MAX, help="noise level at which sampling starts")
+    parser.add_argument("--sigma-min", type=float, default=1.0, help="noise level of the last step")
+    parser.add_argument("--target", choices=get_args(DistillTarget), default="consistency", help="kind of target")
     parser.add_argument("--teacher-steps", type=int, default=25, help="noise levels between which the teacher steps")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance of the teacher")
     parser.add_argument("--decay", type=float, default=0.95, help="decay of the target network per step")

@@ -138,13 +138,16 @@ class Learner:
         cast = sample.to(self.dtype), encoder_hidden_states.to(self.dtype)
         return self.unet(cast[0], timestep, cast[1], added_time_ids, return_dict=return_dict)
 
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Context of a call with a backward pass, which on CPUs in bfloat16 is slow with fused attention."""
+        slow = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
+
     def _compute(self) -> None:
         """Compute errors and gradients of the clips in the buffers."""
         b = self.buffers
         noisy = b["latents"] + b["noise"] * b["sigma"].view(-1, 1, 1, 1, 1)
-        # On CPUs, the backward pass of fused attention in bfloat16 takes a third of a step.
-        slow = self.device.type == "cpu" and self.dtype == torch.bfloat16
-        with sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
+        with self.attention():
             clean = denoise(self.call, noisy, b["sigma"], b["first"], b["embedding"], b["ids"])
         errors = (clean - b["latents"]).square().flatten(1).mean(1)
         (errors * self.plan.weight(b["sigma"])).mean().backward()

@@ -23,6 +23,7 @@ SMALL = {
     "ExVideoCheckpointLoader": {"ckpt_name": recipe.CHECKPOINT.name},
     "ExVideoLoader": {"extension_name": recipe.EXTENSION.name},
     "KSampler": {"steps": 2},
+    "AlignYourStepsScheduler": {"steps": 2},
     "ExVideoWindows": {"window_frames": 16, "overlap_frames": 4},
 }
 
@@ -32,6 +33,8 @@ def small(name: str) -> Prompt:
     graph: Prompt = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     frames, size = LONG if name == "exvideo_long_video" else CLIP
     for node in graph.values():
+        if node["class_type"] == "UNETLoader":  # which loads SVD only in its published widths
+            node.update({"class_type": "ExVideoCheckpointLoader", "inputs": {}})
         kind, inputs = node["class_type"], node["inputs"]
         inputs.update(SMALL.get(kind, {}))
         if kind in ("ExVideoConditioning", "ImageScale"):
@@ -52,6 +55,9 @@ def give(server: Server) -> None:
 
     (server.models / "checkpoints" / "svd_xt.safetensors").symlink_to(recipe.CHECKPOINT)
     (server.models / "exvideo" / "ExVideo-SVD-128f-v1.fp16.safetensors").symlink_to(recipe.EXTENSION)
+    (server.models / "diffusion_models").mkdir(exist_ok=True)
+    distilled = server.models / "diffusion_models" / "AnimateLCM-SVD-xt-1-1_fp16_comfy.safetensors"
+    distilled.symlink_to(recipe.CHECKPOINT)
     pictures = (world.render(world.sample(world.HELD_OUT), CLIP_FRAMES) * 255).round().astype(np.uint8)
     for name, frame in (("example.png", 0), ("last.png", 20)):
         Image.fromarray(pictures[frame]).save(server.input / name)

@@ -14,9 +14,11 @@ from transformers import CLIPImageProcessor
 from ..video.blending import segment_weights, split_segments
 from .checkpoint import SVD
 
+SIGMAS = (700.0, 0.002)  # SVD's highest and lowest noise level
 
-def pipeline(svd: SVD) -> StableVideoDiffusionPipeline:
-    """Build diffusers' pipeline with SVD's scheduler (Euler, Karras noise levels from 700 to 0.002)."""
+
+def pipeline(svd: SVD, sigmas: tuple[float, float] = SIGMAS) -> StableVideoDiffusionPipeline:
+    """Build diffusers' pipeline with SVD's scheduler (Euler, Karras noise levels)."""
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -24,8 +26,8 @@ def pipeline(svd: SVD) -> StableVideoDiffusionPipeline:
         prediction_type="v_prediction",
         interpolation_type="linear",
         use_karras_sigmas=True,
-        sigma_min=0.002,
-        sigma_max=700.0,
+        sigma_min=sigmas[1],
+        sigma_max=sigmas[0],
         timestep_spacing="leading",
         timestep_type="continuous",
         steps_offset=1,
@@ -47,6 +49,7 @@ def generate_videos(
     noise_aug_strength: float = 0.02,
     steps: int = 25,
     guidance: tuple[float, float] = (1.0, 1.0),
+    sigmas: tuple[float, float] = SIGMAS,
     noise: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -62,6 +65,7 @@ def generate_videos(
         noise_aug_strength: noise added to the images that condition the model.
         steps: number of denoising steps.
         guidance: classifier-free guidance scale of the first and last frame.
+        sigmas: noise levels of the first and the last step.
         noise: initial noise of unit variance instead of the seeds' [N, frames, 4, H / 8, W / 8].
         progress: called with (finished step, steps) after each step; an exception cancels the run.
 
@@ -74,7 +78,7 @@ def generate_videos(
             progress(index + 1, steps)
         return tensors
 
-    pipe = pipeline(svd)
+    pipe = pipeline(svd, sigmas)
     pipe.set_progress_bar_config(disable=True)
     height, width = images.shape[1:3]
     # PIL images, because the pipeline does not resize tensors for CLIP.

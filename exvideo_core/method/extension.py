@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -30,32 +31,40 @@ class FewSteps:
         guidance: classifier-free guidance scale to sample with.
         sampler: ComfyUI's name of the sampler.
         scheduler: ComfyUI's name of the scheduler.
+        sigma_max: noise level of the first step.
+        sigma_min: noise level of the last step.
     """
 
     steps: int
     guidance: float = 1.0
     sampler: str = "euler"
-    scheduler: str = "sgm_uniform"
+    scheduler: str = "karras"
+    sigma_max: float = 700.0
+    sigma_min: float = 0.002
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> FewSteps | None:
-        """Read metadata. Returns None if there are no steps, or values that are not numbers."""
+        """Read metadata. Returns None if there are no steps, or values that no sampler could use."""
         found = {name: metadata[key] for name, key in _FEW_STEPS.items() if key in metadata}
         try:
-            steps, guidance = int(found["steps"]), float(found.get("guidance", cls.guidance))
+            numbers = {name: float(found[name]) for name in ("guidance", "sigma_max", "sigma_min") if name in found}
+            names = {name: found[name] for name in ("sampler", "scheduler") if name in found}
+            made = cls(int(found["steps"]), **numbers, **names)
         except (KeyError, ValueError):
             return None
-        return cls(steps, guidance, found.get("sampler", cls.sampler), found.get("scheduler", cls.scheduler))
+        usable = made.steps >= 1 and 0 < made.sigma_min < made.sigma_max < math.inf and math.isfinite(made.guidance)
+        return made if usable else None
 
     def metadata(self) -> dict[str, str]:
         """The metadata to store."""
         return {key: str(getattr(self, name)) for name, key in _FEW_STEPS.items()}
 
     def __str__(self) -> str:
-        return f"{self.steps} steps, CFG {self.guidance:g}, {self.sampler}, {self.scheduler}"
+        levels = f"sigma {self.sigma_max:g} to {self.sigma_min:g}"
+        return f"{self.steps} steps, CFG {self.guidance:g}, {self.sampler}, {self.scheduler}, {levels}"
 
 
-_FEW_STEPS = {name: f"exvideo.{name}" for name in ("steps", "guidance", "sampler", "scheduler")}
+_FEW_STEPS = {field.name: f"exvideo.{field.name}" for field in fields(FewSteps)}
 
 
 @dataclass(frozen=True)

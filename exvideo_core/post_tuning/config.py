@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..choices import NoiseKind, Objective
+from ..choices import DistillTarget, NoiseKind, Objective
 
 
 class ConfigError(ValueError):
@@ -44,6 +44,11 @@ class Config:
 
     objective: Objective = _setting("denoise", "the published loss, or step distillation of the extension in init")
     distill_steps: int = _setting(4, "denoising steps that the distilled extension needs")
+    distill_sigma_max: float = _setting(700.0, "noise level at which sampling starts")
+    distill_sigma_min: float = _setting(1.0, "noise level of the last denoising step")
+    distill_target: DistillTarget = _setting(
+        "consistency", "what the teacher predicts: one of its steps, or whole phases"
+    )
     distill_teacher_steps: int = _setting(50, "noise levels between which the teacher steps")
     distill_guidance: float = _setting(1.0, "classifier-free guidance of the teacher (1: none; the reference's is 2)")
     distill_decay: float = _setting(0.95, "decay of the target network per step")
@@ -77,7 +82,7 @@ class Config:
     save_every: int = _setting(500, "steps between checkpoints")
     keep: int = _setting(2, "number of checkpoints to keep")
     sample_every: int = _setting(0, "steps between sample videos (0: none)")
-    sample_steps: int = _setting(25, "denoising steps of sample videos")
+    sample_steps: int = _setting(25, "denoising steps of sample videos (distillation: distill_steps)")
     log_every: int = _setting(10, "steps between log entries")
 
     def check(self) -> None:
@@ -105,6 +110,11 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but has to be at least 0 (off) and below 1.")
         if self.objective == "distill" and not self.init:
             raise ConfigError("init is not set. Distillation starts from a finished extension: set init to its file.")
+        if not 0 < self.distill_sigma_min < self.distill_sigma_max:
+            raise ConfigError(
+                f"distill_sigma_min is {self.distill_sigma_min}, but has to be above 0 and below distill_sigma_max "
+                f"({self.distill_sigma_max})."
+            )
         if self.objective == "distill" and self.recycle:
             raise ConfigError("recycle is for objective denoise. Set it to 0.")
         for name in ("noise_share", "recycle"):

@@ -1,75 +1,106 @@
 """Step distillation: an extension that needs a few calls of the UNet per video, made from one that needs many.
 
-Consistency distillation (Song et al. 2023, arXiv 2303.01469; for latent diffusion with guidance: LCM, Luo et al. 2023,
-arXiv 2310.04378) in phases (PCM, Wang et al. 2024, arXiv 2405.18407). The sampler's noise levels for K calls,
-s_0 > s_1 > ... > s_K = 0, divide the teacher's path into K phases. A student's call anywhere in a phase is to predict
-where the path leaves it, so that the student needs one Euler step per phase.
+The sampler's noise levels for K calls, s_0 > s_1 > ... > s_K = 0, divide the teacher's path into K phases. A student's
+call is to predict where the path leaves the phase, so that the student needs one Euler step per phase. With a noise
+level sigma_n in a phase that ends at s, a noisy clip x_n = x + sigma_n noise and D the predicted clean latents:
 
-With a teacher's noise levels sigma_n in descending order, the phase's end s <= sigma_{n+1}, a noisy clip
-x_n = x + sigma_n noise and D the predicted clean latents:
-
-- The teacher takes one Euler step: x' = D_T + (x_n - D_T) sigma_{n+1} / sigma_n, where guidance w is folded in:
-  D_T = D(negative) + w (D(positive) - D(negative)).
-- The target network, a moving average of the student, steps from x' to the phase's end:
-  x_s = D_E + (x' - D_E) s / sigma_{n+1}; x_s = x' where sigma_{n+1} = s.
+- The teacher takes m Euler steps from x_n to x_{n+m}, each x_{i+1} = D_T + (x_i - D_T) sigma_{i+1} / sigma_i, where
+  guidance w is folded in: D_T = D(negative) + w (D(positive) - D(negative)).
+- The target network, a moving average of the student, steps from there to the phase's end:
+  x_s = D_E + (x_{n+m} - D_E) s / sigma_{n+m}; x_s = x_{n+m} where sigma_{n+m} = s.
 - The student's step has to end there: D = (x_s - x_n s / sigma_n) / (1 - s / sigma_n).
 
-For K = 1, s = 0 and D = D_E, which is consistency distillation. EDM's parametrization meets its boundary condition:
-at noise levels near 0, D(x) = x.
+There are two kinds of targets:
+
+- `consistency`: m = 1, and sigma_n is any of the teacher's noise levels. This is consistency distillation (Song et al.
+  2023, arXiv 2303.01469; for latent diffusion with guidance: LCM, Luo et al. 2023, arXiv 2310.04378) in phases (PCM,
+  Wang et al. 2024, arXiv 2405.18407). For K = 1, D = D_E. EDM's parametrization meets its boundary condition: at noise
+  levels near 0, D(x) = x.
+- `progressive`: sigma_n is the start of a phase, and the teacher itself goes to the phase's end (progressive
+  distillation, Salimans and Ho 2022, arXiv 2202.00512, in one round). There is no target network, whose errors the
+  student would learn too; a target costs m calls of the teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from .loss import SIGMA_MAX, SIGMA_MIN, VideoUNet, denoise, loss_weight, sigma_ramp
+from ..choices import DistillTarget
+from .loss import RHO, SIGMA_MIN, VideoUNet, denoise, loss_weight, sigma_ramp
 from .samples import Sample
 
 #: Predicts clean latents [B, T, 4, H, W] from noisy ones and their noise levels [B].
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def phase_levels(steps: int) -> torch.Tensor:
-    """Noise levels of a sampler with few steps, evenly spaced in their logarithm, and 0 [steps + 1].
+def phase_levels(steps: int, sigma_max: float, sigma_min: float) -> torch.Tensor:
+    """Noise levels of a sampler with few steps: Karras levels (Karras et al. 2022, eq. 5), and 0 [steps + 1].
 
-    ComfyUI's scheduler *sgm_uniform* gives the same ones for SVD.
+    ComfyUI's node *KarrasScheduler* gives the same ones.
     """
-    places = torch.arange(steps, dtype=torch.float64) / steps
-    levels = SIGMA_MAX * (SIGMA_MIN / SIGMA_MAX) ** places
-    return torch.cat([levels, levels.new_zeros(1)]).float()
+    return torch.cat([_karras(steps, sigma_max, sigma_min), torch.zeros(1)])
 
 
-def path_levels(steps: int, teacher_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's noise levels with the ends of the phases among them, and each one's phase end.
+def _karras(steps: int, sigma_max: float, sigma_min: float) -> torch.Tensor:
+    places = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ends = sigma_max ** (1 / RHO), sigma_min ** (1 / RHO)
+    return ((ends[0] + places * (ends[1] - ends[0])) ** RHO).float()
 
-    Args:
-        steps: number of phases.
-        teacher_steps: number of the teacher's noise levels, on the published ramp.
 
-    Returns:
-        noise levels in descending order down to 0 [N + 1], and the ends of the phases that begin at or above each but
-        the last [N].
+@dataclass(frozen=True)
+class Paths:
+    """Where the teacher steps, from each of N noise levels.
+
+    Attributes:
+        levels: noise levels to start from, in descending order [N].
+        steps: noise levels of the teacher's steps from there, the first of which is the start [N, m + 1].
+        ends: end of the phase that the start belongs to [N].
     """
-    ends = phase_levels(steps)
-    levels = torch.cat([sigma_ramp(teacher_steps), ends]).unique().flip(0)
-    below = ends[None] < levels[:-1, None]
-    return levels, torch.where(below, ends[None], ends.new_tensor(-1.0)).max(1).values
+
+    levels: torch.Tensor
+    steps: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def of(cls, phases: torch.Tensor, teacher_steps: int, target: DistillTarget) -> Paths:
+        """The teacher's steps for a kind of target.
+
+        Args:
+            phases: of `phase_levels` [K + 1].
+            teacher_steps: number of the teacher's noise levels: for `consistency`, those of the published ramp; for
+                `progressive`, divided among the phases and rounded up.
+            target: kind of target.
+        """
+        if target == "progressive":
+            share = -(-teacher_steps // (len(phases) - 1))
+            pairs = zip(phases[:-1].tolist(), phases[1:].tolist(), strict=True)
+            parts = [torch.cat([_karras(share + 1, start, max(end, SIGMA_MIN))[:-1], torch.tensor([end])])
+                     for start, end in pairs]  # fmt: skip
+            return cls(phases[:-1], torch.stack(parts), phases[1:])
+        ramp = sigma_ramp(teacher_steps)
+        levels = torch.cat([ramp[ramp < phases[0]], phases]).unique().flip(0)
+        below = phases[None] < levels[:-1, None]
+        ends = torch.where(below, phases[None], phases.new_tensor(-1.0)).max(1).values
+        return cls(levels[:-1], torch.stack([levels[:-1], levels[1:]], dim=1), ends)
+
+    def to(self, device: torch.device) -> Paths:
+        """A copy on a device."""
+        return Paths(self.levels.to(device), self.steps.to(device), self.ends.to(device))
 
 
 def student_target(
-    teacher: Denoise, average: Denoise, noisy: torch.Tensor, sigma: torch.Tensor, lower: torch.Tensor, end: torch.Tensor
+    teacher: Denoise, average: Denoise | None, noisy: torch.Tensor, steps: torch.Tensor, end: torch.Tensor
 ) -> torch.Tensor:
     """The clean latents that the student is to predict, see the module's formulas.
 
     Args:
         teacher: D_T.
-        average: D_E.
+        average: D_E, or None if the teacher's last step always ends at s.
         noisy: x_n [B, T, 4, H, W].
-        sigma: sigma_n [B].
-        lower: sigma_{n+1} [B].
+        steps: sigma_n, ..., sigma_{n+m} [B, m + 1].
         end: s [B].
 
     Returns:
@@ -79,15 +110,19 @@ def student_target(
     def wide(levels: torch.Tensor) -> torch.Tensor:
         return levels.view(-1, 1, 1, 1, 1)
 
-    clean = teacher(noisy, sigma)
-    stepped = clean + (noisy - clean) * wide(lower / sigma)
-    arrived = lower <= end
-    # Noise levels of 0 cannot be denoised, and need not be: such steps have arrived.
-    level = torch.where(arrived, sigma, lower)
-    predicted = average(stepped, level)
-    left = torch.where(wide(arrived), stepped, predicted + (stepped - predicted) * wide(end / level))
-    share = wide(end / sigma)
-    return (left - noisy * share) / (1 - share)
+    x = noisy
+    for sigma, lower in zip(steps[:, :-1].unbind(1), steps[:, 1:].unbind(1), strict=True):
+        clean = teacher(x, sigma)
+        x = clean + (x - clean) * wide(lower / sigma)
+    if average is not None:
+        last = steps[:, -1]
+        arrived = last <= end
+        # Noise levels of 0 cannot be denoised, and need not be: such steps have arrived.
+        level = torch.where(arrived, steps[:, 0], last)
+        predicted = average(x, level)
+        x = torch.where(wide(arrived), x, predicted + (x - predicted) * wide(end / level))
+    share = wide(end / steps[:, 0])
+    return (x - noisy * share) / (1 - share)
 
 
 def distillation_loss(
@@ -111,37 +146,38 @@ def distillation_loss(
 
 
 class Distillation:
-    """The teacher's and the target network's weights, and the schedule.
+    """The teacher's and the target network's weights, and the teacher's steps.
 
     Only an extension's weights differ between the three networks; its base is shared. The teacher is the extension
     that the run starts from.
 
     Args:
         weights: the extension's weights by name, from which all three start.
-        steps: number of phases, which are the calls of the finished extension.
-        teacher_steps: number of the teacher's noise levels.
+        paths: where the teacher steps.
         guidance: classifier-free guidance of the teacher (1: none).
         decay: of the target network per step.
     """
 
-    def __init__(
-        self, weights: Mapping[str, torch.Tensor], steps: int, teacher_steps: int, guidance: float, decay: float
-    ) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], paths: Paths, guidance: float, decay: float) -> None:
         self.teacher = {name: weight.detach().clone() for name, weight in weights.items()}
         self.average = {name: weight.detach().clone() for name, weight in weights.items()}
-        self.levels, self.ends = path_levels(steps, teacher_steps)
+        self.paths = paths
+        self.alone = bool((paths.steps[:, -1] == paths.ends).all())
         self.guidance = guidance
         self.decay = decay
 
     def place(self, sample: Sample) -> tuple[Sample, torch.Tensor, torch.Tensor]:
-        """Move clips to the nearest of the teacher's noise levels.
+        """Move clips to the nearest noise level that the teacher starts from.
+
+        At the highest one, clips become pure noise, since that is what sampling starts from.
 
         Returns:
-            the clips, the next lower noise level [B], and the phase's end [B].
+            the clips, the noise levels of the teacher's steps [B, m + 1], and the phase's end [B].
         """
-        levels = self.levels.to(sample.sigma)
-        nearest = (sample.sigma[:, None].log() - levels[None, :-1].log()).abs().argmin(1)
-        return replace(sample, sigma=levels[nearest]), levels[nearest + 1], self.ends.to(sample.sigma)[nearest]
+        paths = self.paths.to(sample.sigma.device)
+        nearest = (sample.sigma[:, None].log() - paths.levels[None].log()).abs().argmin(1)
+        latents = sample.latents * (nearest > 0).view(-1, 1, 1, 1, 1)
+        return replace(sample, latents=latents, sigma=paths.levels[nearest]), paths.steps[nearest], paths.ends[nearest]
 
     @torch.no_grad()
     def target(
@@ -149,14 +185,14 @@ class Distillation:
         with_weights: Callable[[Mapping[str, torch.Tensor]], VideoUNet],
         noisy: torch.Tensor,
         sample: Sample,
-        lower: torch.Tensor,
+        steps: torch.Tensor,
         end: torch.Tensor,
     ) -> torch.Tensor:
-        """`student_target` of a batch, whose `sigma` is one of the teacher's noise levels [B, T, 4, H, W].
+        """`student_target` of a batch, whose `sigma` is a noise level that the teacher starts from [B, T, 4, H, W].
 
         Args:
             with_weights: a UNet with other weights, to be called before this function is called again.
-            noisy, sample, lower, end: as for `student_target` and `place`.
+            noisy, sample, steps, end: as for `student_target` and `place`.
         """
 
         def guided(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -171,7 +207,7 @@ class Distillation:
         def averaged(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return denoise(with_weights(self.average), x, sigma, sample.first, sample.embedding, sample.ids)
 
-        return student_target(guided, averaged, noisy, sample.sigma, lower, end)
+        return student_target(guided, None if self.alone else averaged, noisy, steps, end)
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, torch.Tensor]) -> None:

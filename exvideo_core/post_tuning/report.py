@@ -59,9 +59,10 @@ class Report:
 
     def sample(self, step: int, svd: SVD, video: Video) -> None:
         """Generate a sample video from a training video's first frame with the current weights."""
-        from ..diffusers.sampling import generate_video
+        from ..diffusers.sampling import SIGMAS, generate_video
 
         config = self.config
+        distilled = config.objective == "distill"
         image = read_window(video.path, 0, 1, 1, config.width, config.height)
         bucket = config.motion_bucket_id if config.motion_bucket_id >= 0 else video.motion_bucket
         generated = generate_video(
@@ -71,7 +72,8 @@ class Report:
             fps=config.fps,
             motion_bucket_id=127 if bucket is None else bucket,
             noise_aug_strength=0.0,
-            steps=config.sample_steps,
+            steps=config.distill_steps if distilled else config.sample_steps,
+            sigmas=(config.distill_sigma_max, config.distill_sigma_min) if distilled else SIGMAS,
             seed=config.seed,
         )
         folder = self.out / "samples"

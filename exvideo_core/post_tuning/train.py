@@ -17,7 +17,7 @@ from ..diffusers import checkpoint, patch
 from ..method.extension import Extension, FewSteps
 from . import state
 from .config import Config, ConfigError
-from .distillation import Distillation, distillation_loss, with_weights
+from .distillation import Distillation, Paths, distillation_loss, phase_levels, with_weights
 from .loss import denoise, post_tuning_loss
 from .recycling import ErrorBank
 from .report import Report
@@ -249,14 +249,14 @@ def _step(
         if bank is not None:
             sample = bank.add_errors(sample, clips)
         if distillation is not None:
-            sample, lower, end = distillation.place(sample)
+            sample, steps, end = distillation.place(sample)
         with accelerator.accumulate(unet):
             noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
             with accelerator.autocast():
                 denoised = denoise(unet, noisy, sample.sigma, sample.first, sample.embedding, sample.ids)
                 if distillation is not None:
                     other = partial(with_weights, accelerator.unwrap_model(unet))
-                    target = distillation.target(other, noisy, sample, lower, end)
+                    target = distillation.target(other, noisy, sample, steps, end)
             if bank is not None:
                 bank.add(denoised, sample, clips)
             if distillation is not None:
@@ -285,13 +285,10 @@ def _distillation(accelerator: Accelerator, unet: torch.nn.Module, config: Confi
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConfigError("objective distill cannot be sharded. Use several GPUs without FSDP and DeepSpeed.")
-    distillation = Distillation(
-        _trained(accelerator, unet),
-        config.distill_steps,
-        config.distill_teacher_steps,
-        config.distill_guidance,
-        config.distill_decay,
-    )
+    phases = phase_levels(config.distill_steps, config.distill_sigma_max, config.distill_sigma_min)
+    paths = Paths.of(phases, config.distill_teacher_steps, config.distill_target)
+    weights = _trained(accelerator, unet)
+    distillation = Distillation(weights, paths, config.distill_guidance, config.distill_decay)
     accelerator.register_for_checkpointing(distillation)
     return distillation
 
@@ -305,6 +302,13 @@ def _trained(accelerator: Accelerator, unet: torch.nn.Module) -> dict[str, torch
     return {name: value for name, value in state_dict.items() if name in patch.EXTENSION_PARAMETERS}
 
 
+def _few_steps(config: Config) -> FewSteps | None:
+    """How to sample the resulting extension, if it is distilled."""
+    if config.objective != "distill":
+        return None
+    return FewSteps(config.distill_steps, sigma_max=config.distill_sigma_max, sigma_min=config.distill_sigma_min)
+
+
 def _export(
     accelerator: Accelerator, unet: torch.nn.Module, progress: state.Progress, out: Path, config: Config
 ) -> Path:
@@ -312,7 +316,6 @@ def _export(
     weights = progress.ema.values or _trained(accelerator, unet)
     path = out / "extension.safetensors"
     if accelerator.is_main_process:
-        few_steps = FewSteps(config.distill_steps) if config.objective == "distill" else None
-        patch.collect(accelerator.unwrap_model(unet), weights, few_steps).save(path)
+        patch.collect(accelerator.unwrap_model(unet), weights, _few_steps(config)).save(path)
     accelerator.wait_for_everyone()
     return path

@@ -105,7 +105,7 @@ def test_the_hosts_select_vae_device(server: Server, expected: Expected) -> None
 @BOTH
 @PLACES
 def test_two_cards_share_a_clips_conditions(server: Server, place: str, expected: Expected) -> None:
-    guided = quick(KSampler={"steps": 2, "cfg": 2.5}, VideoLinearCFGGuidance={"min_cfg": 1.5})
+    guided = quick(KSampler={"steps": 2, "cfg": 2.5})
     graph = inserted(guided, "MultiGPU_WorkUnits", {"max_gpus": 2}, place)
     clips.assert_near(clips.frames(server, graph), expected("guided", guided), f"two cards, {place}")
     assert all(card["peak"] > card["now"] for card in last(server, "end", node="KSampler")["cards"])

@@ -6,9 +6,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import comfy.samplers
 import pytest
 import torch
+from comfy.k_diffusion.sampling import get_sigmas_karras
 
 from composition import sample
 from exvideo_core.comfyui.apply.patch import apply_extension
@@ -18,7 +18,8 @@ from exvideo_core.method.extension import Extension, FewSteps
 from exvideo_core.post_tuning.distillation import phase_levels
 from exvideo_core.video.charts import extension_chart
 
-MADE_FOR = FewSteps(4)
+MADE_FOR = FewSteps(4, sigma_max=45.0, sigma_min=2.5)
+SETTINGS = "4 steps, CFG 1, euler, karras, sigma 45 to 2.5"
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +32,26 @@ def extension(small_models) -> Extension:
     return replace(Extension.load(small_models[1]), few_steps=MADE_FOR)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 8])
-def test_phases_begin_at_the_levels_of_the_hosts_schedule(base, steps: int) -> None:
-    sampling = base.get_model_object("model_sampling")
-    expected = comfy.samplers.calculate_sigmas(sampling, MADE_FOR.scheduler, steps)
-    torch.testing.assert_close(phase_levels(steps), expected.float(), rtol=1e-3, atol=1e-6)
+@pytest.mark.parametrize(("steps", "highest", "lowest"), [(1, 700.0, 1.0), (4, 70.0, 3.0), (8, 700.0, 0.002)])
+def test_phases_begin_at_the_levels_of_the_hosts_schedule(steps: int, highest: float, lowest: float) -> None:
+    expected = get_sigmas_karras(steps, lowest, highest, rho=7.0)
+    torch.testing.assert_close(phase_levels(steps, highest, lowest), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_file_keeps_what_it_was_made_for(extension, tmp_path: Path) -> None:
     extension.save(tmp_path / "few.safetensors")
     found = Extension.load(tmp_path / "few.safetensors")
-    assert found.few_steps == MADE_FOR and str(found.few_steps) == "4 steps, CFG 1, euler, sgm_uniform"
+    assert found.few_steps == MADE_FOR and str(found.few_steps) == SETTINGS
     assert FewSteps.from_metadata({"exvideo.steps": "many"}) is None
     assert FewSteps.from_metadata({}) is None
+    for name, value in (
+        ("sigma_min", "0"),
+        ("sigma_min", "50"),
+        ("sigma_max", "inf"),
+        ("guidance", "nan"),
+        ("steps", "0"),
+    ):
+        assert FewSteps.from_metadata({**MADE_FOR.metadata(), f"exvideo.{name}": value}) is None, (name, value)
     assert FewSteps.from_metadata({"exvideo.steps": "2", "exvideo.guidance": "1.5"}) == FewSteps(2, 1.5)
 
 
@@ -58,8 +66,37 @@ def test_other_settings_are_said_once(
     with caplog.at_level(logging.WARNING):
         sample(model, steps=steps, cfg=cfg)
     lines = [record.getMessage() for record in caplog.records if "was distilled" in record.getMessage()]
-    expected = f"was distilled for 4 steps, CFG 1, euler, sgm_uniform. This run has {steps} steps and CFG {cfg:g}."
+    expected = f"was distilled for {SETTINGS}. This run has {steps} steps, CFG {cfg:g}, sigma 45 to 2.5."
     assert len(lines) == said and all(expected in line for line in lines)
+
+
+def _with_range(model, sigma_max: float, sigma_min: float):
+    """The host's node."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+
+    return ModelSamplingContinuousEDM().patch(model, "v_prediction", sigma_max, sigma_min)[0]
+
+
+def test_sampling_begins_and_ends_where_the_file_says(base, extension) -> None:
+    usual = replace(extension, few_steps=None)
+    expected = sample(_with_range(apply_extension(base, usual), 45.0, 2.5), steps=4, cfg=1.0)
+    assert sample(apply_extension(base, extension), steps=4, cfg=1.0).equal(expected)
+    assert not sample(apply_extension(base, usual), steps=4, cfg=1.0).equal(expected)
+    assert float(base.get_model_object("model_sampling").sigma_max) == pytest.approx(700)
+
+
+def test_a_single_step_says_nothing(base, extension, caplog) -> None:
+    one = replace(extension, few_steps=replace(MADE_FOR, steps=1))
+    with caplog.at_level(logging.WARNING):
+        sample(apply_extension(base, one), steps=1, cfg=1.0)
+    assert not [record for record in caplog.records if "was distilled" in record.getMessage()]
+
+
+def test_other_noise_levels_are_said(base, extension, caplog) -> None:
+    model = apply_extension(base, extension)
+    with caplog.at_level(logging.WARNING):
+        sample(_with_range(model, 700.0, 2.5), steps=4, cfg=1.0)
+    assert any("This run has 4 steps, CFG 1, sigma 700 to 2.5." in record.getMessage() for record in caplog.records)
 
 
 def test_a_usual_extension_says_nothing(base, small_models, caplog) -> None:

@@ -165,15 +165,15 @@ def test_errors_of_frames_come_back_in_first_frames(learner, bank) -> None:
 @pytest.fixture
 def student(base: Path):
     from exvideo_core.diffusers import checkpoint
-    from exvideo_core.post_tuning.distillation import path_levels
+    from exvideo_core.post_tuning.distillation import Paths, phase_levels
     from small_model.distill import Student
     from small_model.training import Plan
 
-    def make(calls: int = 2, **more: object) -> Student:
+    def make(target: str = "consistency", **more: object) -> Student:
         unet = checkpoint.load(base).unet.train()
-        levels, _ = path_levels(calls, 6)
-        plan = Plan(frames=FRAMES, batch=2, rate=1e-3, levels=levels[:-1], weight=torch.ones_like, warmup=1, steps=4)
-        return Student(unet, [(list(unet.parameters()), 1.0)], plan, calls, 6, guidance=1.0, decay=0.75, **more)
+        paths = Paths.of(phase_levels(2, 700.0, 1.0), 6, target)
+        plan = Plan(frames=FRAMES, batch=2, rate=1e-3, levels=paths.levels, weight=torch.ones_like, warmup=1, steps=4)
+        return Student(unet, [(list(unet.parameters()), 1.0)], plan, paths, guidance=1.0, decay=0.75, **more)
 
     return make
 
@@ -189,33 +189,39 @@ def test_a_student_learns_from_its_teacher_and_its_own_average(student, bank) ->
         torch.testing.assert_close(target, 0.75 * earlier + 0.25 * master)
         assert run.distillation.average[name].equal(target)
     assert not run.masters[0].equal(start[0])
-    assert set(run.buffers["sigma"].tolist()) <= set(run.distillation.levels.tolist())
-    assert (run.buffers["lower"] < run.buffers["sigma"]).all() and (run.buffers["end"] <= run.buffers["lower"]).all()
+    steps = run.buffers["steps"]
+    assert set(run.buffers["sigma"].tolist()) <= set(run.distillation.paths.levels.tolist())
+    assert steps[:, 0].equal(run.buffers["sigma"]) and (steps[:, 1] < steps[:, 0]).all()
+    assert (run.buffers["end"] <= steps[:, 1]).all()
+    run.levels = run.levels[:1]
+    run.fill(bank)
+    assert not run.buffers["latents"].any()  # sampling starts from pure noise
 
 
 def test_a_student_of_a_perfect_teacher_has_no_error_where_a_phase_ends(student, bank) -> None:
     run = student()
     # From the last level of the first phase, the teacher's Euler step arrives at the phase's end.
-    levels, ends = run.distillation.levels, run.distillation.ends
-    last = int((levels[1:] == ends).nonzero()[0])
-    run.levels = levels[last : last + 1]
+    paths = run.distillation.paths
+    last = int((paths.steps[:, 1] == paths.ends).nonzero()[0])
+    run.levels = paths.levels[last : last + 1]
     run.fill(bank)
     run._clear()
     run._compute()
     assert run.errors.max() < 1e-6  # student and teacher are still the same
 
 
-def test_a_students_target_is_that_of_the_packs_distillation(student, bank) -> None:
+@pytest.mark.parametrize("kind", ["consistency", "progressive"])
+def test_a_students_target_is_that_of_the_packs_distillation(student, bank, kind: str) -> None:
     from exvideo_core.post_tuning.distillation import with_weights
 
-    run = student()
+    run = student(kind)
     run.distillation.guidance = 2.0
     run.descend(bank, 1e-3)
     run.fill(bank)
-    sample, lower, end = run._sample(), run.buffers["lower"], run.buffers["end"]
+    sample, steps, end = run._sample(), run.buffers["steps"], run.buffers["end"]
     noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
-    expected = run.distillation.target(partial(with_weights, run.unet), noisy, sample, lower, end)
-    torch.testing.assert_close(run._target(noisy, sample, lower, end), expected, rtol=1e-4, atol=1e-4)
+    expected = run.distillation.target(partial(with_weights, run.unet), noisy, sample, steps, end)
+    torch.testing.assert_close(run._target(noisy, sample, steps, end), expected, rtol=1e-4, atol=1e-4)
     assert all(live.equal(master) for live, master in zip(run.live, run.masters, strict=True))
 
 
@@ -234,7 +240,7 @@ def test_a_student_can_have_another_unet_as_its_teacher(base: Path, student, ban
         each.fill(bank)
         sample = each._sample()
         noisy = sample.latents + sample.noise * sample.sigma.view(-1, 1, 1, 1, 1)
-        targets.append(each._target(noisy, sample, each.buffers["lower"], each.buffers["end"]))
+        targets.append(each._target(noisy, sample, each.buffers["steps"], each.buffers["end"]))
     torch.testing.assert_close(targets[0], targets[2])
     assert not torch.allclose(targets[0], targets[1], rtol=0.01)
 

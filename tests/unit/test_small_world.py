@@ -212,6 +212,12 @@ def test_frechet_is_the_closed_form_and_tells_worlds_apart() -> None:
     still = np.stack([features(world.draw(clip, np.repeat(clip.path(1), FRAMES, 0))) for clip in clips])
     good, bad = measures.frechet_interval(right, true), measures.frechet_interval(still, true)
     assert good["high"] < bad["low"]
+    apart = measures.frechet_difference(right, still, true)
+    assert apart["mean"] == pytest.approx(good["mean"] - bad["mean"]) and apart["high"] < 0
+    # What both share does not widen the interval of their difference.
+    assert apart["high"] - apart["low"] < good["high"] - good["low"] + bad["high"] - bad["low"]
+    none = measures.frechet_difference(right, right, true)
+    assert none == {"mean": 0, "low": 0, "high": 0}
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say() -> None:

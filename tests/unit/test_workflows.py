@@ -12,6 +12,7 @@ FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 BLUEPRINTS = sorted((PACK / "subgraphs").glob("*.json"))
 HOST_NODES = {
+    "AlignYourStepsScheduler", "KSamplerSelect", "ModelSamplingContinuousEDM",
     "BasicScheduler", "CLIPLoader", "CLIPTextEncode", "EmptyHunyuanLatentVideo", "ModelSamplingSD3", "SamplerCustom",
     "UNETLoader", "VAEDecodeTiled", "VAELoader", "VOIDSampler",
     "CreateVideo", "GetVideoComponents", "ImageBatch", "ImageFromBatch", "ImageScale", "KSampler", "LoadImage",
@@ -68,11 +69,11 @@ def test_the_published_models_can_be_downloaded_from_the_graph() -> None:
             assert model["name"] in api[str(node["id"])]["inputs"].values()
 
 
-@pytest.mark.parametrize("name", ["exvideo_cogvideox", "exvideo_wan"])
+@pytest.mark.parametrize("name", ["exvideo_animatelcm", "exvideo_cogvideox", "exvideo_wan"])
 def test_every_model_of_another_family_has_its_address(name: str) -> None:
     ui, api = (load(FOLDER / part / f"{name}.json") for part in ("", "api"))
     (note,) = [node["widgets_values"][0] for node in ui["nodes"] if node["type"] == "MarkdownNote"]
-    folders = {"diffusion_models", "loras", "text_encoders", "vae"}
+    folders = {"checkpoints", "diffusion_models", "exvideo", "loras", "text_encoders", "vae"}
     for node in ui["nodes"]:
         for model in node["properties"].get("models", []):
             assert model["directory"] in folders

@@ -47,7 +47,7 @@ from ..model import (
     find_transformers,
     original_module,
 )
-from ..sampling.few_steps import add_settings_check
+from ..sampling.few_steps import add_settings_check, set_sigma_range
 from ..sampling.preview import add_preview
 from .merges import PatchOrder
 from .transformer import ExtendedVideoTransformer
@@ -106,6 +106,7 @@ def apply_extension(
     patched.size = model.model_size() + added
     set_memory_settings(patched, MemorySettings())
     if extension.few_steps is not None:
+        set_sigma_range(patched, extension.few_steps.sigma_max, extension.few_steps.sigma_min)
         add_settings_check(patched, extension.name, extension.few_steps)
     add_preview(patched)
     patched.set_attachments(ATTACHMENT, applied)

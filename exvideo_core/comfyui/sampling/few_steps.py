@@ -1,10 +1,13 @@
-"""Says in the log if an extension that was distilled for few steps is sampled with other settings."""
+"""Samples an extension that was distilled for few steps as it was made for, and says in the log if a run does not."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
+from comfy.model_sampling import ModelSamplingContinuousEDM
 from comfy.patcher_extension import WrappersMP
 
 from ...method.extension import FewSteps
@@ -16,7 +19,22 @@ if TYPE_CHECKING:
     from comfy.samplers import CFGGuider
 
 _KEY = "exvideo_few_steps"
+_CLOSE = 0.02  # relative difference of noise levels
 _log = logging.getLogger(__name__)
+
+
+def set_sigma_range(patched: ModelPatcher, sigma_max: float, sigma_min: float) -> None:
+    """Set the highest and the lowest noise level of a clone's schedules, as the node *ModelSamplingContinuousEDM* does.
+
+    Args:
+        patched: the clone.
+        sigma_max: noise level of the first step.
+        sigma_min: noise level of the last step.
+    """
+    sampling = copy.deepcopy(patched.get_model_object("model_sampling"))
+    if isinstance(sampling, ModelSamplingContinuousEDM):
+        sampling.set_parameters(sigma_min, sigma_max, sampling.sigma_data)
+        patched.add_object_patch("model_sampling", sampling)
 
 
 def add_settings_check(patched: ModelPatcher, name: str, few_steps: FewSteps) -> None:
@@ -31,11 +49,15 @@ def add_settings_check(patched: ModelPatcher, name: str, few_steps: FewSteps) ->
                 *rest: Any, **named: Any) -> torch.Tensor:  # fmt: skip  # noqa: ANN401
         guider: CFGGuider = executor.class_obj
         steps, guidance = len(sigmas) - 1, float(getattr(guider, "cfg", few_steps.guidance))
-        if steps != few_steps.steps or guidance != few_steps.guidance:
-            _log.warning(
-                "The extension '%s' was distilled for %s. This run has %d steps and CFG %g.",
-                name, few_steps, steps, guidance,
-            )  # fmt: skip
+        if steps > 0:
+            first, last = float(sigmas[0]), float(sigmas[-2])
+            expected = few_steps.sigma_max, few_steps.sigma_min if few_steps.steps > 1 else few_steps.sigma_max
+            close = all(math.isclose(*pair, rel_tol=_CLOSE) for pair in zip((first, last), expected, strict=True))
+            if steps != few_steps.steps or guidance != few_steps.guidance or not close:
+                _log.warning(
+                    "The extension '%s' was distilled for %s. This run has %d steps, CFG %g, sigma %g to %g.",
+                    name, few_steps, steps, guidance, first, last,
+                )  # fmt: skip
         return executor(noise, latent, sampler, sigmas, *rest, **named)
 
     set_wrapper(patched, WrappersMP.OUTER_SAMPLE, _KEY, wrapper)
