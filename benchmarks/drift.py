@@ -1,6 +1,6 @@
 """Does a long video in windows drift? The small model's videos, measured window by window, in ComfyUI.
 
-    python run.py bench drift [--frames 256 512 1024] [--clips 16 16 8] [--recycled FILE]
+    python run.py bench drift [--frames 256 512 1024] [--clips 16 16 4] [--recycled FILE]
 
 With `--recycled`, an extension that was post-tuned with error recycling is compared with the other one.
 """
@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench drift", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024], help="lengths of the videos")
-    parser.add_argument("--clips", type=int, nargs="+", default=[16, 16, 8], help="number of videos of each length")
+    parser.add_argument("--clips", type=int, nargs="+", default=[16, 16, 4], help="number of videos of each length")
     parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
     parser.add_argument("--recycled", type=Path, help="an extension post-tuned with error recycling")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")

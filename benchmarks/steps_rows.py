@@ -47,6 +47,9 @@ def rows() -> list[Row]:
     for scheduler in ("ays", "exponential", "beta", "sgm_uniform"):
         found += [Row(f"euler, {scheduler}, {n} steps", "fast", n, scheduler=scheduler) for n in (15, 8, 4)]
     found += [Row(f"euler, {steps} steps, no guidance", "fast", steps, guidance=1.0) for steps in (25, 8, 4, 1)]
+    # Align Your Steps was found for 10 steps.
+    found.append(Row("euler, ays, 10 steps", "fast", 10, scheduler="ays"))
+    found.append(Row("euler, ays, 10 steps, no guidance", "fast", 10, scheduler="ays", guidance=1.0))
     ranges = (("euler", 8, 200.0, 1.0), ("lcm", 8, 700.0, 1.0), ("euler", 4, 45.0, 2.5), ("euler", 2, 45.0, 6.0))
     for sampler, n, high, low in ranges:
         name = f"{sampler}, {n} steps, no guidance, sigma {high:g} to {low:g}"

@@ -33,7 +33,7 @@ def encode(
     times = torch.arange(frames, device=vae.device)
     for start in range(0, len(scenes), max(_AT_ONCE // frames, 1)):
         part = scenes[slice(start, start + max(_AT_ONCE // frames, 1))]
-        pixels = as_read(part.draw(part.centres(times)))
+        pixels = as_read(part.draw(part.centers(times)))
         encoded = vae.encode(pixels.flatten(0, 1)).latent_dist.mode()
         yield pixels, encoded.unflatten(0, pixels.shape[:2]) * vae.config.scaling_factor
 

@@ -4,7 +4,7 @@
 
 Both are the real architectures (diffusers' `AutoencoderKLTemporalDecoder`, CLIP's vision tower), small, and are
 saved as diffusers and transformers folders. The encoder learns to tell what a first frame shows of each lane's shape
-(place, height, colour, kind): the part that CLIP's general knowledge of pictures plays in SVD. How a shape will set
+(place, height, color, kind): the part that CLIP's general knowledge of pictures plays in SVD. How a shape will set
 out is open, and no picture tells it. Each of the two runs resumes from its last checkpoint.
 """
 
@@ -113,7 +113,7 @@ def run_of_pictures(
     scenes = Scenes.of([world.sample(step * clips + i) for i in range(clips)], device)
     start = torch.randint(200, (clips, 1), generator=torch.Generator().manual_seed(step)).to(device)
     times = start + torch.arange(frames, device=device)
-    video = scenes.draw(scenes.centres(2 * start - times if turned else times))
+    video = scenes.draw(scenes.centers(2 * start - times if turned else times))
     return as_read(video).flatten(0, 1)
 
 
@@ -196,7 +196,7 @@ def _waves(side: int, channels: int) -> torch.Tensor:
 
 
 def train_encoder(out: Path, steps: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
-    """The image embedding has to tell, by a linear read-out, each lane's place, height, colour and kind."""
+    """The image embedding has to tell, by a linear read-out, each lane's place, height, color and kind."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(seed)
@@ -219,7 +219,7 @@ def train_encoder(out: Path, steps: int, device: torch.device | str = "cpu", see
         angles = (scenes.x - world.LEFT)[..., None] * math.pi / (world.RIGHT - world.LEFT) * multiples
         heights = (scenes.y - lanes) / 0.04
         place = functional.mse_loss(read[..., :told], torch.cat([angles.cos(), angles.sin(), heights[..., None]], -1))
-        red = scenes.colour[..., 0] > scenes.colour[..., 2]
+        red = scenes.color[..., 0] > scenes.color[..., 2]
         looks = torch.stack([red, scenes.disk], dim=-1).float()
         look = functional.binary_cross_entropy_with_logits(read[..., told:], looks)
         scale = (embedding.square().mean() - 1).square()  # CLIP's embeddings are of about unit size

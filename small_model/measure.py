@@ -14,7 +14,7 @@ from . import world
 
 #: What absence counts as, in picture widths: no place is measured, so half of what there is to be wrong by.
 ABSENT_ERROR = (world.RIGHT - world.LEFT) / 2
-#: Least strength of a shape's colour at its middle. The mean of two futures shows either with half the strength.
+#: Least strength of a shape's color at its middle. The mean of two futures shows either with half the strength.
 LEAST_STRENGTH = 0.7
 
 
@@ -23,11 +23,11 @@ class Sighting:
     """What the frames of a clip show.
 
     Attributes:
-        x: centre of each lane's shape along x, in picture widths; NaN where it is absent [T, LANES].
-        present: the shape of the lane's colour is there, in its lane, whole, in one piece and of full colour
+        x: center of each lane's shape along x, in picture widths; NaN where it is absent [T, LANES].
+        present: the shape of the lane's color is there, in its lane, whole, in one piece and of full color
             [T, LANES].
-        strength: of the lane's colour around the shape's middle, 1 for its own [T, LANES].
-        exchanged: the lane shows the other lane's colour, by half a shape or more [T, LANES].
+        strength: of the lane's color around the shape's middle, 1 for its own [T, LANES].
+        exchanged: the lane shows the other lane's color, by half a shape or more [T, LANES].
         mixed: the same, by a tenth of a shape or more [T, LANES].
     """
 
@@ -43,7 +43,7 @@ class Match:
     """The possible future of each lane that a clip is nearest to.
 
     Attributes:
-        path: its centres along x, in picture widths [T, LANES].
+        path: its centers along x, in picture widths [T, LANES].
         error: distance from it; `ABSENT_ERROR` where there is no shape [T, LANES].
         heading: 1 to the right, -1 to the left [LANES].
     """
@@ -54,19 +54,19 @@ class Match:
 
 
 def _hues(video: np.ndarray) -> np.ndarray:
-    """How red and how blue each pixel is, 1 for a shape's own colour [T, H, W, 2]."""
+    """How red and how blue each pixel is, 1 for a shape's own color [T, H, W, 2]."""
     red, green, blue = np.moveaxis(video.astype(np.float64), -1, 0)
     hues = np.stack([red - np.maximum(green, blue), blue - np.maximum(red, green)], axis=-1)
-    shapes = np.array(list(world.COLOURS.values()))
+    shapes = np.array(list(world.COLORS.values()))
     full = np.array([shapes[0, 0] - shapes[0, 1:].max(), shapes[1, 2] - shapes[1, :2].max()])
     return np.clip(hues / full, 0, 1.2)
 
 
 def sight(clip: world.Clip, video: np.ndarray) -> Sighting:
-    """Find a clip's shapes in pictures, by colour.
+    """Find a clip's shapes in pictures, by color.
 
-    A shape counts as present when its lane holds half to twice the colour that it should, at least two thirds of
-    it within the shape's own reach of the centre, and its middle is of at least `LEAST_STRENGTH`.
+    A shape counts as present when its lane holds half to twice the color that it should, at least two thirds of
+    it within the shape's own reach of the center, and its middle is of at least `LEAST_STRENGTH`.
 
     Args:
         video: 0..1 [T, H, W, 3].
@@ -80,23 +80,23 @@ def sight(clip: world.Clip, video: np.ndarray) -> Sighting:
     xs, present, strengths, others = [], [], [], []
     for lane in range(world.LANES):
         rows = slice(lane * height, (lane + 1) * height)
-        colour = clip.colour[lane]
-        columns = hues[:, rows, :, colour].sum(1)
-        mass, wanted = columns.sum(1), truth[..., colour].sum()
+        color = clip.color[lane]
+        columns = hues[:, rows, :, color].sum(1)
+        mass, wanted = columns.sum(1), truth[..., color].sum()
         # The median column is not drawn off by a stray spot as the mean is; the mean around it is finer.
         total = np.maximum(mass, 1e-9)[:, None]
         middle = grid[(columns.cumsum(1) / total >= 0.5).argmax(1)]
         reach = np.abs(grid[None] - middle[:, None]) < world.RADIUS * 1.3
         inside = (columns * reach).sum(1)
-        # Faint edges count for the centre: without them it would jump as they cross from pixel to pixel.
-        near = raw[:, rows, :, colour].sum(1) * reach
-        centre = (near * grid).sum(1) / np.maximum(near.sum(1), 1e-9)
-        strength = _strength(raw[..., colour], centre, clip.y[lane], grid)
+        # Faint edges count for the center: without them it would jump as they cross from pixel to pixel.
+        near = raw[:, rows, :, color].sum(1) * reach
+        center = (near * grid).sum(1) / np.maximum(near.sum(1), 1e-9)
+        strength = _strength(raw[..., color], center, clip.y[lane], grid)
         whole = (mass > wanted / 2) & (mass < wanted * 2) & (inside > mass * 2 / 3)
-        xs.append(np.where(mass > wanted / 4, centre, np.nan))
+        xs.append(np.where(mass > wanted / 4, center, np.nan))
         present.append(whole & (strength >= LEAST_STRENGTH))
         strengths.append(strength)
-        others.append(hues[:, rows, :, 1 - colour].sum((1, 2)) / truth[..., 1 - colour].sum())
+        others.append(hues[:, rows, :, 1 - color].sum((1, 2)) / truth[..., 1 - color].sum())
     x, whole, strength, other = (np.stack(values, axis=1) for values in (xs, present, strengths, others))
     return Sighting(x, whole, strength, other > 0.5, other > 0.1)
 
@@ -127,7 +127,7 @@ def path_error(sighting: Sighting, clip: world.Clip) -> np.ndarray:
 def kinds(clip: world.Clip, video: np.ndarray, sighting: Sighting) -> np.ndarray:
     """Which kind each shape looks like, by the least squared difference from a picture of it.
 
-    Every kind is drawn in the lane's colour at the place where the shape was seen and half a pixel to either side,
+    Every kind is drawn in the lane's color at the place where the shape was seen and half a pixel to either side,
     and compared over the lane.
 
     Args:
@@ -141,7 +141,7 @@ def kinds(clip: world.Clip, video: np.ndarray, sighting: Sighting) -> np.ndarray
     seen = np.where(np.isnan(sighting.x), world.LEFT, sighting.x)
     apart = []
     for kind in range(len(world.KINDS)):
-        alike = world.Clip(clip.x, clip.y, np.full(world.LANES, kind), clip.colour, clip.motion_bucket, clip.heading)
+        alike = world.Clip(clip.x, clip.y, np.full(world.LANES, kind), clip.color, clip.motion_bucket, clip.heading)
         drawn = [world.draw(alike, seen + shift / size, size) for shift in (-0.5, 0, 0.5)]
         squares = np.stack([(video - picture) ** 2 for picture in drawn]).reshape(
             len(drawn), len(video), world.LANES, height, size, 3

@@ -16,9 +16,9 @@ class Scenes:
     """The fields of many `world.Clip`s, stacked.
 
     Attributes:
-        x, y: centres at frame 0 [N, LANES].
+        x, y: centers at frame 0 [N, LANES].
         disk: the shape is a disk, not a square [N, LANES].
-        colour: of each shape, 0..1 [N, LANES, 3].
+        color: of each shape, 0..1 [N, LANES, 3].
         heading: 1 or -1 [N, LANES].
         bucket: motion buckets [N].
         speed: picture widths per frame [N].
@@ -27,14 +27,14 @@ class Scenes:
     x: torch.Tensor
     y: torch.Tensor
     disk: torch.Tensor
-    colour: torch.Tensor
+    color: torch.Tensor
     heading: torch.Tensor
     bucket: torch.Tensor
     speed: torch.Tensor
 
     @classmethod
     def of(cls, clips: Sequence[world.Clip], device: torch.device | str = "cpu") -> Scenes:
-        colours = np.array(list(world.COLOURS.values()))
+        colors = np.array(list(world.COLORS.values()))
 
         def stacked(values: list[np.ndarray] | list[float]) -> torch.Tensor:
             return torch.from_numpy(np.array(values, dtype=np.float32)).to(device)
@@ -43,7 +43,7 @@ class Scenes:
             x=stacked([clip.x for clip in clips]),
             y=stacked([clip.y for clip in clips]),
             disk=stacked([clip.kind == 0 for clip in clips]).bool(),
-            colour=stacked([colours[clip.colour] for clip in clips]),
+            color=stacked([colors[clip.color] for clip in clips]),
             heading=stacked([clip.heading for clip in clips]),
             bucket=stacked([clip.motion_bucket for clip in clips]),
             speed=stacked([clip.speed for clip in clips]),
@@ -55,7 +55,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.x)
 
-    def centres(self, frames: torch.Tensor) -> torch.Tensor:
+    def centers(self, frames: torch.Tensor) -> torch.Tensor:
         """True centers along x [N, T, LANES] at frame numbers [T] or [N, T]."""
         span = world.RIGHT - world.LEFT
         start = torch.where(self.heading > 0, self.x - world.LEFT, world.LEFT - self.x)
@@ -63,23 +63,23 @@ class Scenes:
         phase = (start[:, None] + walked) % (2 * span)
         return world.LEFT + torch.where(phase <= span, phase, 2 * span - phase)
 
-    def draw(self, centres: torch.Tensor, size: int = world.SIZE) -> torch.Tensor:
+    def draw(self, centers: torch.Tensor, size: int = world.SIZE) -> torch.Tensor:
         """Draw the shapes at given centers along x [N, T, LANES], like `world.draw`.
 
         Returns:
             0..1 [N, T, 3, size, size].
         """
-        grid = (torch.arange(size, device=centres.device) + 0.5) / size
-        rows = torch.linspace(*world.BACKGROUND, size, device=centres.device)
-        video = rows[:, None].expand(*centres.shape[:2], 3, size, size)
+        grid = (torch.arange(size, device=centers.device) + 0.5) / size
+        rows = torch.linspace(*world.BACKGROUND, size, device=centers.device)
+        video = rows[:, None].expand(*centers.shape[:2], 3, size, size)
         for lane in range(world.LANES):
-            dx = (grid - centres[:, :, lane, None]).abs()[:, :, None, :]
+            dx = (grid - centers[:, :, lane, None]).abs()[:, :, None, :]
             dy = (grid - self.y[:, None, lane, None]).abs()[:, :, :, None]
             distance = torch.where(
                 self.disk[:, lane, None, None, None], torch.hypot(dx, dy), torch.maximum(dx, dy) * world.SQUARE_SCALE
             )
             cover = ((world.RADIUS - distance) * size + 0.5).clamp(0, 1)[:, :, None]
-            video = video + cover * (self.colour[:, None, lane, :, None, None] - video)
+            video = video + cover * (self.color[:, None, lane, :, None, None] - video)
         return video
 
 

@@ -1,14 +1,14 @@
-"""A synthetic world with open futures: two coloured shapes run back and forth, each in its own lane.
+"""A synthetic world with open futures: two colored shapes run back and forth, each in its own lane.
 
 A clip's first frame and its motion bucket do not fix what follows. Each shape sets out to the left or to the right by
-chance, whatever its kind, its colour and the other lane, and turns round at the walls. The shapes of a clip share one
+chance, whatever its kind, its color and the other lane, and turns round at the walls. The shapes of a clip share one
 of three speeds, which is what the motion bucket tells. So every clip has four possible futures, two a lane, and each
 can be computed: a made clip is measured against the nearest of them, and many clips against their shares.
 
 The mean of the futures is no clip: it shows every shape at half strength in two places. A model that believes in the
 mean, as one step from pure noise does, is therefore told apart from one that chooses.
 
-Every clip shows the same background and each colour once, at one size.
+Every clip shows the same background and each color once, at one size.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SIZE = 64  # pixels, width and height
 LANES = 2
 RADIUS = 0.14  # of a shape, in picture widths
 SQUARE_SCALE = 1.13  # a square of about the disk's area reaches this much less far
-LEFT, RIGHT = 0.18, 0.82  # where centres turn round
+LEFT, RIGHT = 0.18, 0.82  # where centers turn round
 KINDS = ("disk", "square")
 HEADINGS = (-1, 1)  # to the left, to the right
-COLOURS = {"red": (0.92, 0.20, 0.18), "blue": (0.20, 0.35, 0.95)}
+COLORS = {"red": (0.92, 0.20, 0.18), "blue": (0.20, 0.35, 0.95)}
 BACKGROUND = (0.55, 0.75)  # grey level at the top and at the bottom
 SPEEDS = {40: 0.006, 100: 0.010, 160: 0.014}  # motion bucket -> picture widths per frame
 HELD_OUT = 10_000_000  # seeds from here on are never trained on
@@ -39,10 +39,10 @@ class Clip:
     """What a clip shows.
 
     Attributes:
-        x: centres at frame 0, in picture widths [LANES].
-        y: centres, in picture heights [LANES]; they stay.
+        x: centers at frame 0, in picture widths [LANES].
+        y: centers, in picture heights [LANES]; they stay.
         kind: index into `KINDS` [LANES].
-        colour: index into `COLOURS` [LANES]; every clip shows each colour once.
+        color: index into `COLORS` [LANES]; every clip shows each color once.
         motion_bucket: key of `SPEEDS`.
         heading: how each shape sets out, 1 to the right or -1 to the left [LANES].
     """
@@ -50,7 +50,7 @@ class Clip:
     x: np.ndarray
     y: np.ndarray
     kind: np.ndarray
-    colour: np.ndarray
+    color: np.ndarray
     motion_bucket: int
     heading: np.ndarray
 
@@ -60,7 +60,7 @@ class Clip:
         return SPEEDS[self.motion_bucket]
 
     def path(self, frames: int) -> np.ndarray:
-        """True centres along x, in picture widths [frames, LANES]."""
+        """True centers along x, in picture widths [frames, LANES]."""
         return self._path(frames, self.heading)
 
     def futures(self, frames: int) -> np.ndarray:
@@ -83,7 +83,7 @@ def sample(seed: int) -> Clip:
         x=random.uniform(LEFT, RIGHT, LANES),
         y=lanes + random.uniform(-0.04, 0.04, LANES),
         kind=random.integers(len(KINDS), size=LANES),
-        colour=random.permutation(len(COLOURS)),
+        color=random.permutation(len(COLORS)),
         motion_bucket=int(random.choice(list(SPEEDS))),
         heading=random.choice(HEADINGS, LANES),
     )
@@ -98,24 +98,24 @@ def render(clip: Clip, frames: int, size: int = SIZE) -> np.ndarray:
     return draw(clip, clip.path(frames), size)
 
 
-def draw(clip: Clip, centres: np.ndarray, size: int = SIZE) -> np.ndarray:
+def draw(clip: Clip, centers: np.ndarray, size: int = SIZE) -> np.ndarray:
     """Pictures of a clip's shapes at given places along x.
 
     Args:
-        centres: in picture widths [frames, LANES].
+        centers: in picture widths [frames, LANES].
 
     Returns:
         float32 in 0..1 [frames, size, size, 3].
     """
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    video = np.broadcast_to(background(size), (len(centres), size, size, 3)).astype(np.float32)
-    colours = np.array(list(COLOURS.values()), dtype=np.float32)
+    video = np.broadcast_to(background(size), (len(centers), size, size, 3)).astype(np.float32)
+    colors = np.array(list(COLORS.values()), dtype=np.float32)
     for lane in range(LANES):
-        dx = np.abs(grid[None, None, :] - centres[:, lane, None, None])
+        dx = np.abs(grid[None, None, :] - centers[:, lane, None, None])
         dy = np.abs(grid[None, :, None] - np.float32(clip.y[lane]))
         distance = np.hypot(dx, dy) if clip.kind[lane] == 0 else np.maximum(dx, dy) * SQUARE_SCALE
         cover = np.clip((RADIUS - distance) * size + 0.5, 0, 1)[..., None].astype(np.float32)
-        video += cover * (colours[clip.colour[lane]] - video)
+        video += cover * (colors[clip.color[lane]] - video)
     return video
 
 

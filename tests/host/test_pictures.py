@@ -92,7 +92,7 @@ def test_a_sheet_shows_the_frames_themselves(loaded, model) -> None:
 def test_frames_of_a_long_clip_are_decoded_among_their_neighbours(loaded) -> None:
     from small_model import recipe
 
-    _, _, vae = load_checkpoint(str(recipe.CHECKPOINT))  # trained: what it makes of a frame alone has other colours
+    _, _, vae = load_checkpoint(str(recipe.CHECKPOINT))  # trained: what it makes of a frame alone has other colors
     torch.manual_seed(0)
     clip = torch.nn.functional.interpolate(torch.randn(1, 4, 10, 4, 4), (64, 8, 8), mode="trilinear")[0].movedim(1, 0)
     picture = denoising_sheet(vae, clip, None, 3, edge=64)

@@ -309,7 +309,7 @@ def test_the_ideal_prediction_is_the_mean_of_the_futures_that_the_noise_leaves_o
     for clip in held.clips:
         for left, right in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
             scene = Scenes.of([replace(clip, heading=np.array([left, right]))])
-            pixels = as_read(scene.draw(scene.centres(torch.arange(FRAMES))))[0]
+            pixels = as_read(scene.draw(scene.centers(torch.arange(FRAMES))))[0]
             with torch.no_grad():
                 futures.append(svd.vae.encode(pixels).latent_dist.mode() * svd.vae.config.scaling_factor)
     futures = torch.stack(futures).unflatten(0, (2, 4))

@@ -32,7 +32,7 @@ def bounced(clip: world.Clip, frames: int) -> np.ndarray:
 def test_shapes_run_and_turn_round(seed: int) -> None:
     clip = world.sample(seed)
     np.testing.assert_allclose(clip.path(FRAMES), bounced(clip, FRAMES), atol=1e-9)
-    assert sorted(clip.colour) == [0, 1]
+    assert sorted(clip.color) == [0, 1]
 
 
 def test_a_first_frame_leaves_two_futures_a_lane_open() -> None:
@@ -47,7 +47,7 @@ def test_a_first_frame_leaves_two_futures_a_lane_open() -> None:
 def test_headings_are_drawn_evenly_whatever_else_a_clip_shows() -> None:
     clips = [world.sample(seed) for seed in range(2000)]
     heading = np.array([clip.heading for clip in clips])
-    for name in ("kind", "colour"):
+    for name in ("kind", "color"):
         for value in range(2):
             chosen = heading[np.array([getattr(clip, name) for clip in clips]) == value]
             low, high = measure.binomial_interval(int((chosen > 0).sum()), chosen.size)
@@ -80,9 +80,9 @@ def test_the_truth_measures_as_true() -> None:
         assert found["largest_stride"] == pytest.approx(1, abs=0.1)
 
 
-def nearest_error(clip: world.Clip, centres: np.ndarray) -> float:
-    """Distance of centres from the nearest future of each lane, in picture widths."""
-    return float(np.abs(centres[None] - clip.futures(len(centres))).mean(1).min(0).mean())
+def nearest_error(clip: world.Clip, centers: np.ndarray) -> float:
+    """Distance of centers from the nearest future of each lane, in picture widths."""
+    return float(np.abs(centers[None] - clip.futures(len(centers))).mean(1).min(0).mean())
 
 
 def test_what_stands_still_or_changes_its_mind_measures_as_wrong() -> None:
@@ -147,7 +147,7 @@ def test_a_ghost_is_not_present() -> None:
     assert together.any() and sighting.present[together].all()
 
 
-def test_exchanged_colours_are_seen() -> None:
+def test_exchanged_colors_are_seen() -> None:
     clip = world.sample(3)
     video = world.render(clip, 16)
     assert not measure.sight(clip, video).exchanged.any()
@@ -159,13 +159,13 @@ def test_exchanged_colours_are_seen() -> None:
     assert measure.sight(clip, one).exchanged.tolist() == [[True, False]]
 
 
-def test_spots_of_the_other_colour_are_seen() -> None:
+def test_spots_of_the_other_color_are_seen() -> None:
     clip = world.sample(3)
     video = world.render(clip, 16)
     assert not measure.sight(clip, video).mixed.any()
-    size, centres = world.SIZE, clip.path(16)[:, 0]
+    size, centers = world.SIZE, clip.path(16)[:, 0]
     grid = (np.arange(size) + 0.5) / size
-    spot = (np.abs(grid[None] - centres[:, None]) < 0.4 * world.RADIUS)[:, None, :]
+    spot = (np.abs(grid[None] - centers[:, None]) < 0.4 * world.RADIUS)[:, None, :]
     rows = (np.abs(grid - clip.y[0]) < 0.4 * world.RADIUS)[None, :, None]
     video = np.where((spot & rows)[..., None], video[..., ::-1], video)
     sighting = measure.sight(clip, video)
@@ -187,11 +187,11 @@ def test_kinds_are_told_by_their_templates(seed: int) -> None:
 def test_scenes_draw_what_the_world_draws() -> None:
     clips = [world.sample(seed) for seed in range(8)]
     scenes = Scenes.of(clips)
-    video = scenes.draw(scenes.centres(torch.arange(40))).movedim(2, -1).numpy()
+    video = scenes.draw(scenes.centers(torch.arange(40))).movedim(2, -1).numpy()
     for drawn, clip in zip(video, clips, strict=True):
         np.testing.assert_allclose(drawn, world.render(clip, 40), atol=1e-5)
     part = scenes[torch.tensor([3, 5])]
-    np.testing.assert_allclose(part.centres(torch.arange(9))[1].numpy(), clips[5].path(9), atol=1e-6)
+    np.testing.assert_allclose(part.centers(torch.arange(9))[1].numpy(), clips[5].path(9), atol=1e-6)
 
 
 def test_a_background_that_changes_is_seen() -> None:
