@@ -1,6 +1,6 @@
 """Does a long video in windows drift? The small model's videos, measured window by window, in ComfyUI.
 
-    python run.py bench drift [--frames 256 512 1024] [--clips 16 16 4] [--recycled FILE]
+    python run.py bench drift [--frames 256 512 1024] [--clips 16 16 4] [--recycled FILE] [--fast]
 
 With `--recycled`, an extension that was post-tuned with error recycling is compared with the other one.
 """
@@ -20,6 +20,8 @@ from . import report
 from .long_videos import OVERLAP, WINDOW, Maker, Row, make_all
 from .method_measures import interval
 
+#: Settings of `Maker` besides the extension: the usual ones, and the fast ones of `bench steps`.
+USUAL, FAST = (25,), (8, "lcm", 1.0, (700.0, 1.0))
 ROW = Row("sequential, window start", windows={})
 
 
@@ -70,6 +72,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, nargs="+", default=[16, 16, 4], help="number of videos of each length")
     parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
     parser.add_argument("--recycled", type=Path, help="an extension post-tuned with error recycling")
+    parser.add_argument("--fast", action="store_true", help="sample in 8 steps of lcm without guidance")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     options = parser.parse_args()
     if len(options.clips) != len(options.frames):
@@ -79,7 +82,7 @@ def main() -> int:
     for recycled, file in ((False, options.extension), (True, options.recycled)):
         if file is None:
             continue
-        maker = Maker(file)
+        maker = Maker(file, *(FAST if options.fast else USUAL))
         wanted = [(ROW, index, frames) for frames, clips in sizes for index in range(clips)]
         make_all(maker, wanted, options.jobs)
         for frames, clips in sizes:
@@ -87,7 +90,7 @@ def main() -> int:
             for index in range(clips):
                 video = maker.kept(ROW, index, frames)
                 found.append(by_window(world.sample(world.HELD_OUT + index), video))
-            row = {"row": ROW.name, "frames": frames, "recycled": recycled, "clips": clips}
+            row = {"row": ROW.name, "sampling": maker.sampling, "frames": frames, "recycled": recycled, "clips": clips}
             table.append({**row, "metric": metric(found)})
             print(report.markdown([_flat(table[-1])]).splitlines()[-1], flush=True)
     report.write("drift", table, table=[_flat(row) for row in table])

@@ -20,6 +20,7 @@ from . import report
 from .long_videos import FADE, OVERLAP, WINDOW, Maker, Row, make_all
 from .method_measures import interval
 
+STEPS = 15
 _NEAR_WALL = 0.01
 
 
@@ -81,7 +82,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     parser.add_argument("--joints-only", action="store_true", help="measure only loops and continued videos")
     options = parser.parse_args()
-    maker, table = Maker(recipe.EXTENSION), []
+    maker, table = Maker(recipe.EXTENSION, STEPS), []
     if options.joints_only:
         options.frames = []
     indices = range(options.clips)

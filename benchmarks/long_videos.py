@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 KEPT = cache_folder() / "bench-length"
 WINDOW, OVERLAP = 128, 32  # the defaults of ExVideo Windows
 FADE = 3  # faded keyframes of a continued video
-#: Sampler, denoising steps and their noise levels, without guidance: as good as 25 steps with it (`bench steps`).
-SAMPLER, STEPS, SIGMAS = "lcm", 8, (700.0, 1.0)
 _CODE = 1  # increase it when videos change, to invalidate the cache
 
 
@@ -57,9 +55,24 @@ class Maker:
 
     Attributes:
         extension: file of the extension.
+        steps: denoising steps.
+        sampler: ComfyUI's name.
+        guidance: classifier-free guidance scale.
+        sigmas: highest and lowest noise level, other than the model's own.
     """
 
     extension: Path
+    steps: int
+    sampler: str = "euler"
+    guidance: float = recipe.GUIDANCE
+    sigmas: tuple[float, float] | None = None
+
+    @property
+    def sampling(self) -> str:
+        """How videos are sampled, in words."""
+        guidance = f"guidance {self.guidance:g}" if self.guidance != 1 else "no guidance"
+        levels = [f"sigma {self.sigmas[0]:g} to {self.sigmas[1]:g}"] if self.sigmas else []
+        return ", ".join([self.sampler, f"{self.steps} steps", guidance, *levels])
 
     def kept(self, row: Row, index: int, frames: int) -> np.ndarray:
         """`video`, from the cache folder if it was generated before."""
@@ -71,7 +84,7 @@ class Maker:
     def path(self, row: Row, index: int, frames: int) -> Path:
         """Cache file of a video. Its name depends on everything that affects the video."""
         models = kept.digest(recipe.CHECKPOINT), kept.digest(self.extension)
-        parts = [row, *models, SAMPLER, STEPS, SIGMAS, frames, WINDOW, OVERLAP, _CODE]
+        parts = [row, *models, self.sampling, frames, WINDOW, OVERLAP, _CODE]
         return KEPT / kept.key(parts) / f"{index:03d}.npz"
 
     def video(self, row: Row, index: int, frames: int, keyframes: np.ndarray | None = None) -> np.ndarray:
@@ -103,7 +116,8 @@ class Maker:
             motion_bucket_id=clip.motion_bucket, noise_aug_strength=0.02, seed=index,
         )  # fmt: skip
         model = apply_extension(base, loaded(self.extension), 1.0, row.positions)
-        set_sigma_range(model, *SIGMAS)
+        if self.sigmas is not None:
+            set_sigma_range(model, *self.sigmas)
         if row.windows is not None:
             model = with_windows(model, WindowSettings(**{"frames": WINDOW, "overlap": OVERLAP, **row.windows}))
         if row.host_windows is not None:
@@ -117,7 +131,7 @@ class Maker:
             latent = set_keyframes(vae, latent, torch.from_numpy(keyframes), indices, FADE)
         noise = comfy.sample.prepare_noise(latent["samples"], index)
         latents = comfy.sample.sample(
-            model, noise, STEPS, 1.0, SAMPLER, "karras", positive, negative, latent["samples"],
+            model, noise, self.steps, self.guidance, self.sampler, "karras", positive, negative, latent["samples"],
             noise_mask=latent.get("noise_mask"), seed=index, disable_pbar=True,
         )  # fmt: skip
         return decode(vae, latents, 24, 12, "smooth").numpy()
