@@ -83,6 +83,9 @@ def test_sampling_begins_and_ends_where_the_file_says(base, extension) -> None:
     assert sample(apply_extension(base, extension), steps=4, cfg=1.0).equal(expected)
     assert not sample(apply_extension(base, usual), steps=4, cfg=1.0).equal(expected)
     assert float(base.get_model_object("model_sampling").sigma_max) == pytest.approx(700)
+    assert sample(apply_extension(base, extension, 0.0), steps=4, cfg=1.0).equal(
+        sample(apply_extension(base, usual, 0.0), steps=4, cfg=1.0)
+    )
 
 
 def test_a_single_step_says_nothing(base, extension, caplog) -> None:

@@ -105,7 +105,7 @@ def apply_extension(
     added = sum(comfy.model_management.module_size(layer.positional_conv) for layer in layers.values())
     patched.size = model.model_size() + added
     set_memory_settings(patched, MemorySettings())
-    if extension.few_steps is not None:
+    if extension.few_steps is not None and strength > 0:
         set_sigma_range(patched, extension.few_steps.sigma_max, extension.few_steps.sigma_min)
         add_settings_check(patched, extension.name, extension.few_steps)
     add_preview(patched)
