@@ -85,7 +85,7 @@ def steps() -> None:
             lines.setdefault((row["kind"], model), []).append(row)
         figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.8), layout="constrained")
         for axis, (name, title) in zip(axes, panels.items(), strict=True):
-            colors = iter(["C3", "C1", "C2", "C4"])
+            colors = iter(["C3", "C1", "C2", "C4", "C5"])
             for (kind, model), of_line in lines.items():
                 style = next(colors) + styles[kind] if kind == "few-step" else styles[kind]
                 shown = sorted((row["calls"], row["metric"][name]["mean"]) for row in of_line
@@ -95,6 +95,8 @@ def steps() -> None:
             band = exact["metric"][name]
             axis.axhspan(band["low"], band["high"], color="grey", alpha=0.25, linewidth=0)
             axis.set(xscale="log", xlabel="calls of the UNet", title=title)
+            if name == "path_error":
+                axis.set_yscale("log")
         axes[0].legend(frameon=False, fontsize=8)
         figure.savefig(target, dpi=110)
         pyplot.close(figure)
