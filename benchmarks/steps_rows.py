@@ -46,7 +46,7 @@ def rows() -> list[Row]:
         found += [Row(f"{sampler}, {steps} steps", "fast", steps, sampler) for steps in (15, 8, 4)]
     for scheduler in ("ays", "exponential", "beta", "sgm_uniform"):
         found += [Row(f"euler, {scheduler}, {n} steps", "fast", n, scheduler=scheduler) for n in (15, 8, 4)]
-    found += [Row(f"euler, {steps} steps, no guidance", "fast", steps, guidance=1.0) for steps in (25, 8, 4, 1)]
+    found += [Row(f"euler, {steps} steps, no guidance", "fast", steps, guidance=1.0) for steps in (25, 16, 8, 4, 1)]
     found.append(Row("lcm, 25 steps, no guidance", "fast", 25, "lcm", guidance=1.0))
     # Align Your Steps was found for 10 steps.
     found.append(Row("euler, ays, 10 steps", "fast", 10, scheduler="ays"))

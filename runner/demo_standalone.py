@@ -19,9 +19,7 @@ def main() -> int:
 
     started = time.monotonic()
     nodes = quickstart()
-    sampling, conditioning, levels = (
-        nodes[kind] for kind in ("KSampler", "ExVideoConditioning", "ModelSamplingContinuousEDM")
-    )
+    sampling, conditioning = nodes["KSampler"], nodes["ExVideoConditioning"]
     clip = world.sample(nodes["ExVideoExamplePicture"]["seed"])
     svd = checkpoint.load(recipe.CHECKPOINT)
     patch.apply(svd.unet, Extension.load(recipe.EXTENSION))
@@ -34,7 +32,6 @@ def main() -> int:
         noise_aug_strength=conditioning["noise_aug_strength"],
         steps=sampling["steps"],
         guidance=(sampling["cfg"], sampling["cfg"]),
-        sigmas=(levels["sigma_max"], levels["sigma_min"]),
         seed=sampling["seed"],
         progress=lambda step, steps: print(f"\rsampling: {step}/{steps}   ", end="", flush=True),
     )

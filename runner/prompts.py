@@ -24,7 +24,7 @@ def quickstart(**changes: dict[str, Any]) -> Prompt:
 
 
 def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
-    """The quickstart with guidance, the model's own noise levels, few frames and steps, saving lossless images.
+    """The quickstart with guidance, few frames and steps, saving lossless images.
 
     Each call uses a new seed for noise of strength 0: the result is the same, but ComfyUI does not take it from its
     cache.
@@ -32,7 +32,6 @@ def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
     conditioning = {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
     sampling = {"steps": steps, "cfg": recipe.GUIDANCE, **changes.pop("KSampler", {})}
     graph = quickstart(**{"ExVideoConditioning": conditioning, "KSampler": sampling, **changes})
-    graph = _without(graph, "ModelSamplingContinuousEDM")
     for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
         del graph[key]
     saved = {"images": [find(graph, "ExVideoDecode"), 0], "filename_prefix": "frame"}
@@ -42,16 +41,11 @@ def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
 
 def unpatched(graph: Prompt) -> Prompt:
     """Remove ExVideoApply from a prompt, which then uses the checkpoint's model."""
-    return _without(graph, "ExVideoApply")
-
-
-def _without(graph: Prompt, kind: str) -> Prompt:
-    """Remove the first node of a class, which changes a model, from a prompt."""
     graph = copy.deepcopy(graph)
-    removed = find(graph, kind)
-    model = graph.pop(removed)["inputs"]["model"]
+    apply = find(graph, "ExVideoApply")
+    model = graph.pop(apply)["inputs"]["model"]
     for node in graph.values():
-        node["inputs"] = {name: model if value == [removed, 0] else value for name, value in node["inputs"].items()}
+        node["inputs"] = {name: model if value == [apply, 0] else value for name, value in node["inputs"].items()}
     return graph
 
 

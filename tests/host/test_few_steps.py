@@ -88,6 +88,15 @@ def test_sampling_begins_and_ends_where_the_file_says(base, extension) -> None:
     )
 
 
+def test_what_the_host_saved_of_other_noise_levels_is_not_written_to_these(base, extension) -> None:
+    sampling = apply_extension(base, extension).object_patches["model_sampling"]
+    assert not dict(sampling.named_buffers())  # or the host would write them to the base's
+    for name, value in base.get_model_object("model_sampling").named_buffers():
+        sampling.register_buffer(name, value)
+    assert float(sampling.sigma_max) == pytest.approx(45) and float(sampling.sigma_min) == pytest.approx(2.5)
+    assert sampling.timestep(torch.tensor(45.0)) == base.get_model_object("model_sampling").timestep(torch.tensor(45.0))
+
+
 def test_a_single_step_says_nothing(base, extension, caplog) -> None:
     one = replace(extension, few_steps=replace(MADE_FOR, steps=1))
     with caplog.at_level(logging.WARNING):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from comfy.model_sampling import ModelSamplingContinuousEDM
@@ -31,10 +31,31 @@ def set_sigma_range(patched: ModelPatcher, sigma_max: float, sigma_min: float) -
         sigma_max: noise level of the first step.
         sigma_min: noise level of the last step.
     """
-    sampling = copy.deepcopy(patched.get_model_object("model_sampling"))
-    if isinstance(sampling, ModelSamplingContinuousEDM):
-        sampling.set_parameters(sigma_min, sigma_max, sampling.sigma_data)
+    own = patched.get_model_object("model_sampling")
+    if isinstance(own, ModelSamplingContinuousEDM):
+        sampling = _unwritable(type(own))(patched.model.model_config)
+        sampling.set_parameters(sigma_min, sigma_max, own.sigma_data)
         patched.add_object_patch("model_sampling", sampling)
+
+
+@cache
+def _unwritable(kind: type[ModelSamplingContinuousEDM]) -> type[ModelSamplingContinuousEDM]:
+    """A class of noise levels that are no buffers.
+
+    ComfyUI 0.33 with dynamic VRAM saves a model's buffers by name, and writes them back after it has changed the
+    objects that the model consists of: the noise levels of one prompt would become those of the next.
+    """
+
+    class Unwritable(kind):
+        def set_parameters(self, *parameters: float) -> None:
+            for name in ("sigmas", "log_sigmas"):
+                self.__dict__.pop(name, None)
+            super().set_parameters(*parameters)
+
+        def register_buffer(self, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:  # noqa: ARG002
+            self.__dict__.setdefault(name, tensor)
+
+    return Unwritable
 
 
 def add_settings_check(patched: ModelPatcher, name: str, few_steps: FewSteps) -> None:
