@@ -33,20 +33,20 @@ def set_sigma_range(patched: ModelPatcher, sigma_max: float, sigma_min: float) -
     """
     own = patched.get_model_object("model_sampling")
     if isinstance(own, ModelSamplingContinuousEDM):
-        sampling = _unwritable(type(own))(patched.model.model_config)
+        sampling = _without_buffers(type(own))(patched.model.model_config)
         sampling.set_parameters(sigma_min, sigma_max, own.sigma_data)
         patched.add_object_patch("model_sampling", sampling)
 
 
 @cache
-def _unwritable(kind: type[ModelSamplingContinuousEDM]) -> type[ModelSamplingContinuousEDM]:
-    """A class of noise levels that are no buffers.
+def _without_buffers(kind: type[ModelSamplingContinuousEDM]) -> type[ModelSamplingContinuousEDM]:
+    """A class of noise levels that are plain tensors.
 
     ComfyUI 0.33 with dynamic VRAM saves a model's buffers by name, and writes them back after it has changed the
     objects that the model consists of: the noise levels of one prompt would become those of the next.
     """
 
-    class Unwritable(kind):
+    class WithoutBuffers(kind):
         def set_parameters(self, *parameters: float) -> None:
             for name in ("sigmas", "log_sigmas"):
                 self.__dict__.pop(name, None)
@@ -55,7 +55,7 @@ def _unwritable(kind: type[ModelSamplingContinuousEDM]) -> type[ModelSamplingCon
         def register_buffer(self, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:  # noqa: ARG002
             self.__dict__.setdefault(name, tensor)
 
-    return Unwritable
+    return WithoutBuffers
 
 
 def add_settings_check(patched: ModelPatcher, name: str, few_steps: FewSteps) -> None:
