@@ -2,8 +2,8 @@
 
     python run.py bench drift [--frames 256 512 1024] [--clips 16 16 4] [--recycled FILE] [--fast]
 
-With `--recycled`, an extension that was post-tuned with error recycling is compared with the other one; with `--fast`,
-videos are sampled in 8 steps without guidance.
+Windows have either the image embedding of their own first frame or that of the video's. With `--recycled`, an extension
+that was post-tuned with error recycling is compared with the other one; with `--fast`, videos are sampled in 8 steps.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from . import report
 from .long_videos import OVERLAP, WINDOW, Maker, Row, make_all
 from .method_measures import interval
 
-#: Settings of `Maker` besides the extension: the usual ones, and the fast ones of `bench steps`.
-USUAL, FAST = (25,), (8, "lcm", 1.0, (700.0, 1.0))
-ROW = Row("sequential, window start", windows={})
+#: Settings of `Maker` besides the extension: those of `bench method`, and the fast ones of `bench steps`.
+USUAL, FAST = (25, "lcm", 1.0), (8, "lcm", 1.0, (700.0, 1.0))
+ROWS = (Row("own embedding", windows={}, embed=True), Row("the first frame's embedding", windows={}))
 
 
 def by_window(clip: world.Clip, video: np.ndarray) -> dict[str, np.ndarray]:
@@ -73,7 +73,11 @@ def main() -> int:
     parser.add_argument("--clips", type=int, nargs="+", default=[16, 16, 4], help="number of videos of each length")
     parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
     parser.add_argument("--recycled", type=Path, help="an extension post-tuned with error recycling")
-    parser.add_argument("--fast", action="store_true", help="sample in 8 steps of lcm without guidance")
+    parser.add_argument("--fast", action="store_true", help="sample in 8 steps instead of 25")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS], metavar="NAME",
+        help="embeddings to measure: " + ", ".join(f"'{row.name}'" for row in ROWS),
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     options = parser.parse_args()
     if len(options.clips) != len(options.frames):
@@ -84,15 +88,15 @@ def main() -> int:
         if file is None:
             continue
         maker = Maker(file, *(FAST if options.fast else USUAL))
-        wanted = [(ROW, index, frames) for frames, clips in sizes for index in range(clips)]
-        make_all(maker, wanted, options.jobs)
-        for frames, clips in sizes:
+        rows = [(row, *size) for row in ROWS if row.name in options.rows for size in sizes]
+        make_all(maker, [(row, index, frames) for row, frames, clips in rows for index in range(clips)], options.jobs)
+        for row, frames, clips in rows:
             found = []
             for index in range(clips):
-                video = maker.kept(ROW, index, frames)
+                video = maker.kept(row, index, frames)
                 found.append(by_window(world.sample(world.HELD_OUT + index), video))
-            row = {"row": ROW.name, "sampling": maker.sampling, "frames": frames, "recycled": recycled, "clips": clips}
-            table.append({**row, "metric": metric(found)})
+            names = {"row": row.name, "sampling": maker.sampling, "frames": frames, "recycled": recycled}
+            table.append({**names, "clips": clips, "metric": metric(found)})
             print(report.markdown([_flat(table[-1])]).splitlines()[-1], flush=True)
     report.write("drift", table, table=[_flat(row) for row in table])
     return 0

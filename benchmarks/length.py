@@ -34,6 +34,7 @@ def rows() -> list[Row]:
     for fuse, anchor, noise in kinds:
         name = f"{fuse}, {anchor}{', freenoise' if noise else ''}"
         found.append(Row(name, windows={"fuse": fuse, "anchor": anchor, "freenoise": noise}))
+    found.append(Row("sequential, window start, own embedding", windows={}, embed=True))
     found += [Row(f"FreeLong, {mode}", mode, freelong=True) for mode in ("stretch", "repeat")]
     # Three quarters of a window, as in FreeNoise's own setting of 16 frames at a stride of 4.
     as_published = {"fuse": "pyramid", "anchor": "first picture", "freenoise": True, "overlap": 3 * WINDOW // 4}

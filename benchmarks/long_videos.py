@@ -38,6 +38,7 @@ class Row:
         name: name in the table.
         positions: position mode of the extension.
         windows: settings of ExVideo Windows.
+        embed: give ExVideo Windows the image encoder and the VAE.
         host_windows: settings of ComfyUI's own context windows.
         freelong: FreeLong in the temporal attention.
     """
@@ -45,6 +46,7 @@ class Row:
     name: str
     positions: str = "trained"
     windows: dict[str, object] | None = None
+    embed: bool = False
     host_windows: dict[str, object] | None = None
     freelong: bool = False
 
@@ -105,7 +107,7 @@ class Maker:
         from exvideo_core.comfyui.apply.patch import apply_extension
         from exvideo_core.comfyui.sampling.few_steps import set_sigma_range
         from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
-        from exvideo_core.comfyui.vae.conditioning import encode_conditioning
+        from exvideo_core.comfyui.vae.conditioning import embedding_of_frame, encode_conditioning
         from exvideo_core.comfyui.vae.decode import decode
         from exvideo_core.comfyui.vae.keyframes import set_keyframes
 
@@ -119,7 +121,8 @@ class Maker:
         if self.sigmas is not None:
             set_sigma_range(model, *self.sigmas)
         if row.windows is not None:
-            model = with_windows(model, WindowSettings(**{"frames": WINDOW, "overlap": OVERLAP, **row.windows}))
+            settings = WindowSettings(**{"frames": WINDOW, "overlap": OVERLAP, **row.windows})
+            model = with_windows(model, settings, partial(embedding_of_frame, clip_vision, vae) if row.embed else None)
         if row.host_windows is not None:
             model = _host_windows(model, **row.host_windows)
         if row.freelong:

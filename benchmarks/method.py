@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from small_model.held_out import SIGMAS, HeldOut
 from . import method_measures as measures
 from . import method_plots as plots
 from . import report
-from .method_rows import FRAMES, Maker, Row, ablation_rows, main_rows, make_all
+from .method_rows import FRAMES, SAMPLING, Maker, Row, ablation_rows, main_rows, make_all
 
 RESULTS = PACK / "benchmarks" / "results"
 CURVE_MEASURES = ("presence", "exchanged", "mixed", "path_error")
@@ -60,7 +61,7 @@ def main() -> int:
     own_length = _own_length(maker, options.clips)
     curve = _curve(Maker(options.base, kept, options.device), options.extension, options.curve_clips)
     titles = {row.name: row.title for row, _ in wanted}
-    _write(options.results / "method", table, titles, own_length, denoising=curve)
+    _write(options.results / "method", table, titles, SAMPLING, own_length, denoising=curve)
     plots.paths(by_frame, titles, options.results / "method_path.png")
     plots.curve(curve, options.results / "method_denoising.png")
     shown = {row.title: maker.clip(row, 0) for row, _ in wanted}
@@ -77,20 +78,21 @@ def _ablations(options: argparse.Namespace, kept: Path) -> None:
     maker = Maker(options.base, kept, options.device, options.half)
     make_all(maker, wanted, options.jobs)
     table, _ = _measure(maker, wanted)
-    _write(options.results / "method_ablations", table, {row.name: row.title for row, _ in wanted})
+    _write(options.results / "method_ablations", table, {row.name: row.title for row, _ in wanted}, clips.Sampling())
 
 
 def _write(
     target: Path,
     table: list[dict],
     titles: dict[str, str],
+    sampling: clips.Sampling,
     own_length: dict[str, dict[str, float]] | None = None,
     **more: object,
 ) -> None:
     results = {
         "command": " ".join(["python run.py bench method", *sys.argv[1:]]),
         "machine": report.machine(),
-        "frames": FRAMES, "steps": clips.STEPS, "guidance": recipe.GUIDANCE,
+        "frames": FRAMES, "sampling": asdict(sampling),
         "rows": table, "base_at_25_frames": own_length, **more,
     }  # fmt: skip
     target.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -151,7 +153,7 @@ def _own_length(maker: Maker, count: int) -> dict[str, dict[str, float]]:
     for start in range(0, count, at_once):
         seeds = range(start, min(start + at_once, count))
         scenes = [world.sample(world.HELD_OUT + seed) for seed in seeds]
-        videos = clips.make(svd, scenes, svd.frames, seeds)
+        videos = clips.make(svd, scenes, svd.frames, seeds, SAMPLING)
         found += [measures.of_clip(clip, video)[0] for clip, video in zip(scenes, videos, strict=True)]
     return {name: measures.interval(np.array([clip[name] for clip in found])) for name in found[0]}
 

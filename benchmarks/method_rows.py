@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,13 +15,15 @@ import torch
 from exvideo_core.diffusers.sampling import decode
 from exvideo_core.post_tuning.samples import Encoder
 from exvideo_core.video.windows import freenoise
-from small_model import clips, recipe, world
+from small_model import clips, world
+from small_model.clips import Sampling
 
 from . import kept, rivals
 
 FRAMES = 128
+SAMPLING = Sampling(25, "lcm", 1.0)  # the small model's best, see `bench steps`
 _AT_ONCE = 64  # videos, on a GPU
-_CODE = 5  # increase it when videos change, to invalidate the cache
+_CODE = 6  # increase it when videos change, to invalidate the cache
 _log = logging.getLogger(__name__)
 
 
@@ -35,7 +37,7 @@ class Row:
         extension: an extension's file, "untrained", or None for the base alone.
         windows: generate videos in windows of the base's native length.
         truth: encode and decode the true video with the VAE, which shows the error of decoding and measuring.
-        steps: denoising steps.
+        sampling: steps, sampler and guidance.
         rival: "freelong" or "freenoise", applied to the model.
     """
 
@@ -44,7 +46,7 @@ class Row:
     extension: str | None = None
     windows: bool = False
     truth: bool = False
-    steps: int = clips.STEPS
+    sampling: Sampling = SAMPLING
     rival: str | None = None
 
 
@@ -55,7 +57,7 @@ def main_rows(extension: Path) -> list[Row]:
         Row("base", "(a) base"),
         Row("untrained", "(b) base + untrained extension", "untrained"),
         Row("extended", "(c) base + post-tuned extension", str(extension)),
-        Row("one_call", "(c) in one denoising step", str(extension), steps=1),
+        Row("one_call", "(c) in one denoising step", str(extension), sampling=replace(SAMPLING, steps=1)),
         Row("windows", "(d) base in 25-frame windows", windows=True),
         Row("freelong", "(f) base with FreeLong", rival="freelong"),
         Row("freenoise", "(g) base with FreeNoise", rival="freenoise"),
@@ -65,10 +67,13 @@ def main_rows(extension: Path) -> list[Row]:
 def ablation_rows(folder: Path) -> list[Row]:
     """Rows of the ablations, whose extensions are in a folder."""
     return [
-        Row("extended_short", "(c) trained as long as (e)", str(folder / "full.safetensors")),
-        Row("no_convolution", "(e) without convolution", str(folder / "no_convolution.safetensors")),
-        Row("no_positions", "(e) without trained positions", str(folder / "no_positions.safetensors")),
-        Row("no_attention", "(e) without temporal attention", str(folder / "no_attention.safetensors")),
+        Row(row, title, str(folder / f"{name}.safetensors"), sampling=Sampling())
+        for row, title, name in (
+            ("extended_short", "(c) trained as long as (e)", "full"),
+            ("no_convolution", "(e) without convolution", "no_convolution"),
+            ("no_positions", "(e) without trained positions", "no_positions"),
+            ("no_attention", "(e) without temporal attention", "no_attention"),
+        )
     ]
 
 
@@ -118,7 +123,7 @@ class Maker:
 
     def path(self, row: Row, index: int) -> Path:
         """Cache file of a video. Its name depends on everything that affects the video."""
-        parts = [row.name, kept.digest(self.base), row.steps, recipe.GUIDANCE, FRAMES, _CODE]
+        parts = [row.name, kept.digest(self.base), row.sampling, FRAMES, _CODE]
         if self.half:
             parts.append("half")
         if row.extension and row.extension != "untrained":
@@ -146,11 +151,11 @@ class Maker:
             frames = (world.as_bytes(world.render(clip, FRAMES)) for clip in scenes)
             return [decode(svd, encoder.latents(clip.to(svd.vae.device))) for clip in frames]
         if row.windows:
-            return clips.make_in_windows(svd, scenes, FRAMES, svd.frames, seeds, row.steps)
+            return clips.make_in_windows(svd, scenes, FRAMES, svd.frames, seeds, row.sampling)
         noise = None
         if row.rival == "freenoise":
             noise = torch.stack([_freenoise(seed, svd.frames) for seed in seeds])
-        return clips.make(svd, scenes, FRAMES, seeds, row.steps, noise)
+        return clips.make(svd, scenes, FRAMES, seeds, row.sampling, noise)
 
 
 def _compute_in_half(unet: torch.nn.Module, compiled: bool) -> None:

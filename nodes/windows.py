@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from comfy_api.v0_0_2 import io
@@ -11,7 +12,9 @@ from .checks import check_tiles, checked, refuse
 from .types import MAX_FRAMES
 
 if TYPE_CHECKING:
+    from comfy.clip_vision import ClipVisionModel
     from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
 
 
 class ExVideoWindows(io.ComfyNode):
@@ -72,6 +75,14 @@ class ExVideoWindows(io.ComfyNode):
                     optional=True,
                     tooltip="Make the end of the video lead back into its beginning, for seamless loops.",
                 ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="With this and the VAE, every window is also conditioned on the image embedding of the "
+                    "frame that it starts with, instead of the first frame's, which keeps long videos from drifting. "
+                    "For fuse sequential with anchor window start.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes that frame."),
             ],
             outputs=[
                 io.Model.Output(
@@ -91,11 +102,18 @@ class ExVideoWindows(io.ComfyNode):
         freenoise: bool,
         anchor: Anchor = "window start",
         closed_loop: bool = False,
+        clip_vision: ClipVisionModel | None = None,
+        vae: VAE | None = None,
     ) -> io.NodeOutput:
         from ..exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
+        from ..exvideo_core.comfyui.vae.conditioning import embedding_of_frame
 
+        if (clip_vision is None) != (vae is None):
+            missing = "clip_vision" if clip_vision is None else "vae"
+            raise ValueError(f"ExVideo Windows needs clip_vision and vae together: connect {missing} too, or neither.")
         windows = WindowSettings(window_frames, overlap_frames, fuse, anchor, freenoise, closed_loop)
-        return io.NodeOutput(with_windows(model, windows))
+        embed = None if clip_vision is None else partial(embedding_of_frame, clip_vision, vae)
+        return io.NodeOutput(with_windows(model, windows, embed))
 
 
 class ExVideoTiles(io.ComfyNode):

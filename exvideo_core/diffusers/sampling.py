@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPImageProcessor
 
@@ -15,11 +17,43 @@ from ..video.blending import segment_weights, split_segments
 from .checkpoint import SVD
 
 SIGMAS = (700.0, 0.002)  # SVD's highest and lowest noise level
+Sampler = Literal["euler", "lcm"]
 
 
-def pipeline(svd: SVD, sigmas: tuple[float, float] = SIGMAS) -> StableVideoDiffusionPipeline:
-    """Build diffusers' pipeline with SVD's scheduler (Euler, Karras noise levels)."""
-    scheduler = EulerDiscreteScheduler(
+class LCMScheduler(EulerDiscreteScheduler):
+    """ComfyUI's sampler `lcm`: every step adds new noise of the next level to the predicted clean latents.
+
+    This is multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1). Because later steps
+    replace the noise of earlier ones, they can correct their errors.
+
+    Attributes:
+        generators: one per video. Without them, the noise is from PyTorch's default generator.
+    """
+
+    generators: list[torch.Generator] | None = None
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        **_: Any,  # noqa: ANN401 - options of Euler's step
+    ) -> EulerDiscreteSchedulerOutput:
+        """Denoise one step: x_{i+1} = D(x_i) + sigma_{i+1} noise."""
+        clean = super().step(model_output, timestep, sample).pred_original_sample
+        sigma = self.sigmas[self.step_index]  # Euler's step has moved on to the next level
+        if sigma == 0:
+            return EulerDiscreteSchedulerOutput(clean, clean)
+        noise = randn_tensor(clean.shape, self.generators, clean.device, clean.dtype)
+        return EulerDiscreteSchedulerOutput(clean + noise * sigma.to(clean), clean)
+
+
+def pipeline(
+    svd: SVD, sigmas: tuple[float, float] = SIGMAS, sampler: Sampler = "euler"
+) -> StableVideoDiffusionPipeline:
+    """Build diffusers' pipeline with SVD's Karras noise levels, and its scheduler unless another is requested."""
+    kind = LCMScheduler if sampler == "lcm" else EulerDiscreteScheduler
+    scheduler = kind(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -50,6 +84,7 @@ def generate_videos(
     steps: int = 25,
     guidance: tuple[float, float] = (1.0, 1.0),
     sigmas: tuple[float, float] = SIGMAS,
+    sampler: Sampler = "euler",
     noise: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -66,6 +101,7 @@ def generate_videos(
         steps: number of denoising steps.
         guidance: classifier-free guidance scale of the first and last frame.
         sigmas: noise levels of the first and the last step.
+        sampler: SVD's own, or `LCMScheduler`.
         noise: initial noise of unit variance instead of the seeds' [N, frames, 4, H / 8, W / 8].
         progress: called with (finished step, steps) after each step; an exception cancels the run.
 
@@ -78,7 +114,10 @@ def generate_videos(
             progress(index + 1, steps)
         return tensors
 
-    pipe = pipeline(svd, sigmas)
+    pipe = pipeline(svd, sigmas, sampler)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if isinstance(pipe.scheduler, LCMScheduler):
+        pipe.scheduler.generators = generators
     pipe.set_progress_bar_config(disable=True)
     height, width = images.shape[1:3]
     # PIL images, because the pipeline does not resize tensors for CLIP.
@@ -94,7 +133,7 @@ def generate_videos(
         fps=fps,
         motion_bucket_id=motion_bucket_id,
         noise_aug_strength=noise_aug_strength,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        generator=generators,
         latents=noise,
         callback_on_step_end=on_step_end,
         output_type="latent",

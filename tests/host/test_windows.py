@@ -31,9 +31,12 @@ def model(pair):
     return apply_extension(pair.base, pair.extension)
 
 
-def conditioning(size: int = SIZE, picture: torch.Tensor | None = None) -> tuple[list, list]:
+def conditioning(
+    size: int = SIZE, picture: torch.Tensor | None = None, embedding: torch.Tensor | None = None
+) -> tuple[list, list]:
     generator = torch.Generator().manual_seed(5)
-    embedding = torch.randn(1, 1, svd.CONTEXT, generator=generator)
+    own = torch.randn(1, 1, svd.CONTEXT, generator=generator)
+    embedding = own if embedding is None else embedding
     given = torch.randn(1, 4, size, size, generator=generator) if picture is None else picture
     micro = {"motion_bucket_id": 127, "fps": 30, "augmentation_level": 0.02}
     negative = {**micro, "concat_latent_image": torch.zeros_like(given)}
@@ -53,9 +56,21 @@ def noise(frames: int = FRAMES, size: int = SIZE) -> torch.Tensor:
     return torch.randn(frames, 4, size, size, generator=torch.Generator().manual_seed(7))
 
 
-def sample(model, noise, *, steps=2, cfg=1.0, picture=None, negative_only=False, latent=None, mask=None, **named):
+def sample(
+    model,
+    noise,
+    *,
+    steps=2,
+    cfg=1.0,
+    picture=None,
+    embedding=None,
+    negative_only=False,
+    latent=None,
+    mask=None,
+    **named,
+):
     """The host's sampler, as its KSampler node calls it."""
-    positive, negative = conditioning(noise.shape[-1], picture)
+    positive, negative = conditioning(noise.shape[-1], picture, embedding)
     latent = torch.zeros_like(noise) if latent is None else latent
     conds = (negative, negative) if negative_only else (positive, negative)
     return comfy.sample.sample(
@@ -112,7 +127,12 @@ def test_fused_guidance_runs_over_the_whole_clip(model) -> None:
     assert svd.relative_error(found, no + 2.0 * (yes - no)) > 0.05
 
 
-def sequential_by_hand(model, given, windows, anchor, min_cfg, cfg) -> torch.Tensor:
+def embed(frame: torch.Tensor) -> torch.Tensor:
+    """An embedding [1, 1, D] that depends on a frame."""
+    return frame.flatten().tanh().repeat(svd.CONTEXT // frame.numel()).view(1, 1, -1)
+
+
+def sequential_by_hand(model, given, windows, anchor, min_cfg, cfg, embed=None) -> torch.Tensor:
     """Each window by the host's own inpainting, with the guidance of its place in the clip."""
     clip = torch.zeros_like(given)
     scale = torch.linspace(min_cfg, cfg, len(given)).view(-1, 1, 1, 1)
@@ -124,8 +144,11 @@ def sequential_by_hand(model, given, windows, anchor, min_cfg, cfg) -> torch.Ten
         picture = None
         if number and anchor != "first picture":
             picture = clip[frames[:1]] if anchor == "window start" else torch.zeros(1, 4, SIZE, SIZE)
+        embedding = embed(clip[frames[:1]]) if number and embed is not None else None
         mask = continuation_mask(windows, number).view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE) if number else None
-        clip[frames] = sample(placed, given[frames], cfg=cfg, picture=picture, latent=clip[frames], mask=mask)
+        clip[frames] = sample(
+            placed, given[frames], cfg=cfg, picture=picture, embedding=embedding, latent=clip[frames], mask=mask
+        )
     return clip
 
 
@@ -137,6 +160,23 @@ def test_sequential_windows_go_on_from_each_other(model, anchor, closed_loop) ->
     found = sample(guided(with_windows(model, settings), 1.0), given, cfg=3.0)
     print(f"relative error {svd.relative_error(found, expected):.1e}")
     assert svd.relative_error(found, expected) < ROUNDING
+
+
+def test_windows_are_conditioned_on_the_embedding_of_their_own_first_frame(model) -> None:
+    given, windows, settings = noise(), split_windows(FRAMES, WINDOW, OVERLAP), WindowSettings(WINDOW, OVERLAP)
+    expected = sequential_by_hand(model, given, windows, "window start", 1.0, 3.0, embed)
+    found = sample(guided(with_windows(model, settings, embed), 1.0), given, cfg=3.0)
+    without = sample(guided(with_windows(model, settings), 1.0), given, cfg=3.0)
+    assert svd.relative_error(found, expected) < ROUNDING
+    assert svd.relative_error(without, expected) > 0.05
+
+
+@pytest.mark.parametrize("anchor", ["first picture", "none"])
+def test_windows_with_another_anchor_keep_the_first_frames_embedding(model, anchor) -> None:
+    settings = WindowSettings(WINDOW, OVERLAP, "sequential", anchor)
+    assert torch.equal(
+        sample(with_windows(model, settings, embed), noise()), sample(with_windows(model, settings), noise())
+    )
 
 
 @pytest.mark.parametrize("fuse", ["sequential", "pyramid"])
@@ -241,3 +281,22 @@ def test_tiles_and_windows_go_together(model) -> None:
     assert svd.relative_error(*results) < ROUNDING  # averages over windows and over tiles commute
     untiled = sample(with_windows(model, windows), noise(FRAMES, 16), steps=1)
     assert svd.relative_error(results[0], untiled) > 1e-3
+
+
+def test_a_sampled_frame_has_the_embedding_of_its_picture() -> None:
+    from exvideo_core.comfyui.checkpoint.load import load_checkpoint
+    from exvideo_core.comfyui.vae.conditioning import embedding_of_frame, encode_conditioning
+    from small_model import recipe, world
+
+    _, clip_vision, vae = load_checkpoint(str(recipe.CHECKPOINT))
+    pictures = [torch.from_numpy(world.render(world.sample(seed), 1)) for seed in (0, 1)]
+    same, other = (
+        encode_conditioning(
+            clip_vision, vae, picture, width=world.SIZE, height=world.SIZE, fps=30, motion_bucket_id=127,
+            noise_aug_strength=0.0, seed=0,
+        )[0][0][0]
+        for picture in pictures
+    )  # fmt: skip
+    found = embedding_of_frame(clip_vision, vae, vae.encode(pictures[0]))
+    assert found.shape == same.shape == (1, 1, other.shape[-1])
+    assert svd.relative_error(found, same) < svd.relative_error(found, other) / 4  # the VAE changes the picture

@@ -177,12 +177,15 @@ def test_cancelled_in_the_middle_of_a_window_the_server_goes_on(server) -> None:
         ("ExVideoKeyframes", {"frame_indices": "0-2"}, "4 images are given for the 3 frames"),
         ("ExVideoWindows", {"window_frames": 129}, "Lower window_frames to 128"),
         ("ExVideoWindows", {"overlap_frames": 16}, "smaller than the window"),
+        ("ExVideoWindows", {"vae": None}, "connect vae too, or neither"),
         ("ExVideoWindows", {"closed_loop": True, "overlap_frames": 30, "window_frames": 64}, "20 or less"),
     ],
 )
 def test_impossible_inputs_say_so(server, kind: str, changes: dict, message: str) -> None:
     graph = small("exvideo_long_video" if kind == "ExVideoWindows" else "exvideo_continue_clip")
-    next(node for node in graph.values() if node["class_type"] == kind)["inputs"].update(changes)
+    node = next(node for node in graph.values() if node["class_type"] == kind)
+    inputs = {**node["inputs"], **changes}
+    node["inputs"] = {name: value for name, value in inputs.items() if value is not None}
     result = server.run(graph)
     assert result.status == "error"
     assert message in result.error["exception_message"]

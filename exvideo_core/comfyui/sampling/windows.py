@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _KEY = "exvideo_windows"
 #: Noise levels below which a sample counts as finished, in multiples of the model's smallest.
 _FINISHED = 1.5
+#: Maps a frame in the VAE's scale [1, C, H, W] to its image embedding [1, 1, D].
+Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,16 @@ class WindowSettings:
         return split_windows(total, self.frames, self.overlap, self.closed_loop)
 
 
-def with_windows(model: ModelPatcher, settings: WindowSettings) -> ModelPatcher:
+def with_windows(model: ModelPatcher, settings: WindowSettings, embed: Embed | None = None) -> ModelPatcher:
     """A clone of an SVD model that samples videos longer than a window in windows.
 
     A video that is not longer than a window is sampled normally, unless it is a closed loop.
+
+    Args:
+        model: the model.
+        settings: size and kind of the windows.
+        embed: gives sequential windows that are conditioned on their own first frame that frame's embedding. Without
+            it, they have the one of the video's first frame, in which things may be elsewhere.
 
     Raises:
         ValueError: the model is not an SVD model, or its extension has no positions for so many frames.
@@ -85,7 +93,7 @@ def with_windows(model: ModelPatcher, settings: WindowSettings) -> ModelPatcher:
         set_wrapper(patched, WrappersMP.CALC_COND_BATCH, _KEY, _average_windows(settings, state))
     else:
         patched.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, _KEY)
-    set_wrapper(patched, WrappersMP.OUTER_SAMPLE, _KEY, _sample(settings, state))
+    set_wrapper(patched, WrappersMP.OUTER_SAMPLE, _KEY, _sample(settings, state, embed))
     set_wrapper(patched, WrappersMP.PREPARE_SAMPLING, _KEY, limit_estimate(frames=settings.frames))
     add_preview(patched)
     return patched
@@ -128,7 +136,7 @@ def _average_windows(settings: WindowSettings, state: SamplingState) -> Callable
     return wrapper
 
 
-def _sample(settings: WindowSettings, state: SamplingState) -> Callable[..., torch.Tensor]:
+def _sample(settings: WindowSettings, state: SamplingState, embed: Embed | None) -> Callable[..., torch.Tensor]:
     """OUTER_SAMPLE wrapper: prepares the noise and, if sequential, runs one sampling per window.
 
     Windows are sliced where ComfyUI begins a sampling, outside of everything that other nodes keep for one: caches,
@@ -179,7 +187,10 @@ def _sample(settings: WindowSettings, state: SamplingState) -> Callable[..., tor
                 rest["latent_shapes"] = [video[frames].shape]
             # Samplers that add noise draw different noise in every window.
             own_seed = None if seed is None else (seed + number) % 2**64
-            with _window_conditions(guider, window, settings.anchor, first_frame):
+            embedding = None
+            if embed is not None and first_frame is not None and settings.anchor == "window start":
+                embedding = embed(first_frame)  # before the window's sampling, which loads the model again
+            with _window_conditions(guider, window, settings.anchor, first_frame, embedding):
                 result = executor(
                     own_noise, video[frames], sampler, sigmas, own_mask, own_callback, disable_pbar, own_seed, **rest
                 )
@@ -263,17 +274,24 @@ def _window_callback(
 
 @contextmanager
 def _window_conditions(
-    guider: CFGGuider, window: Window, anchor: Anchor, first_frame: torch.Tensor | None
+    guider: CFGGuider,
+    window: Window,
+    anchor: Anchor,
+    first_frame: torch.Tensor | None,
+    embedding: torch.Tensor | None,
 ) -> Iterator[None]:
     """Give the guider the conditions and options of a window.
 
     Args:
         first_frame: of the window, in the VAE's scale [1, C, H, W]; None for the first window.
+        embedding: of that frame [1, 1, D]; None keeps the conditions' own.
     """
     conds, options, controls = guider.conds, guider.model_options, SlicedControls()
     own = {name: [window.slice_condition(cond, controls) for cond in group] for name, group in conds.items()}
     if first_frame is not None:
         own = {name: _set_anchor(group, anchor, first_frame) for name, group in own.items()}
+    if embedding is not None:
+        own = {name: _set_embedding(group, embedding) for name, group in own.items()}
     guider.conds, guider.model_options = own, _full_length_guidance(options, window)
     try:
         yield
@@ -324,3 +342,21 @@ def _set_anchor(conds: list[Condition], anchor: Anchor, first_frame: torch.Tenso
             cond = {**cond, "model_conds": {**cond["model_conds"], "c_concat": replaced}}
         anchored.append(cond)
     return anchored
+
+
+def _set_embedding(conds: list[Condition], embedding: torch.Tensor) -> list[Condition]:
+    """Conditions with another image embedding [1, 1, D]. Those without one, such as the negative one, stay without."""
+
+    def replaces(own: torch.Tensor | None) -> bool:
+        return own is not None and own.shape[1:] == embedding.shape[1:] and bool(own.any())
+
+    changed = []
+    for cond in conds:
+        encoded = cond.get("model_conds", {}).get("c_crossattn")
+        if replaces(cond.get("cross_attn")):
+            cond = {**cond, "cross_attn": embedding.to(cond["cross_attn"])}
+        if encoded is not None and replaces(encoded.cond):
+            replaced = encoded._copy_with(embedding.to(encoded.cond).expand_as(encoded.cond))
+            cond = {**cond, "model_conds": {**cond["model_conds"], "c_crossattn": replaced}}
+        changed.append(cond)
+    return changed

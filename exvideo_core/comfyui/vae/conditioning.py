@@ -45,6 +45,17 @@ def encode_conditioning(
     )
 
 
+def embedding_of_frame(
+    clip_vision: comfy.clip_vision.ClipVisionModel, vae: comfy.sd.VAE, latent: torch.Tensor
+) -> torch.Tensor:
+    """CLIP's embedding of a frame that was sampled, as the model is conditioned on it [1, 1, D].
+
+    Args:
+        latent: the frame, in the VAE's scale [1, 4, h, w].
+    """
+    return _image_embedding(clip_vision, vae.decode(latent))[:, None]
+
+
 def _image_embedding(clip_vision: comfy.clip_vision.ClipVisionModel, image: torch.Tensor) -> torch.Tensor:
     """CLIP's image embedding [B, D]. Calls the model itself: ComfyUI's `encode_image` crops and rounds first."""
     comfy.model_management.load_model_gpu(clip_vision.patcher)
