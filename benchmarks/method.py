@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from small_model.held_out import SIGMAS, HeldOut
 from . import method_measures as measures
 from . import method_plots as plots
 from . import report
-from .method_rows import FRAMES, SAMPLING, Maker, Row, ablation_rows, main_rows, make_all
+from .method_rows import BEST, FRAMES, Maker, Row, ablation_rows, main_rows, make_all
 
 RESULTS = PACK / "benchmarks" / "results"
 CURVE_MEASURES = ("presence", "exchanged", "mixed", "path_error")
@@ -60,11 +61,13 @@ def main() -> int:
     table, by_frame = _measure(maker, wanted)
     own_length = _own_length(maker, options.clips)
     curve = _curve(Maker(options.base, kept, options.device), options.extension, options.curve_clips)
-    titles = {row.name: row.title for row, _ in wanted}
-    _write(options.results / "method", table, titles, SAMPLING, own_length, denoising=curve)
-    plots.paths(by_frame, titles, options.results / "method_path.png")
+    rows = [row for row, _ in wanted]
+    _write(options.results / "method", table, rows, own_length, denoising=curve)
+    plotted = [row for row in rows if row.sampling != BEST]
+    titles = {row.name: row.title for row in plotted}
+    plots.paths({name: by_frame[name] for name in titles}, titles, options.results / "method_path.png")
     plots.curve(curve, options.results / "method_denoising.png")
-    shown = {row.title: maker.clip(row, 0) for row, _ in wanted}
+    shown = {row.title: maker.clip(row, 0) for row in plotted}
     plots.contact_sheet(shown, options.results / "method_frames.png")
     if options.ablation_clips:
         _ablations(options, kept)
@@ -78,25 +81,24 @@ def _ablations(options: argparse.Namespace, kept: Path) -> None:
     maker = Maker(options.base, kept, options.device, options.half)
     make_all(maker, wanted, options.jobs)
     table, _ = _measure(maker, wanted)
-    _write(options.results / "method_ablations", table, {row.name: row.title for row, _ in wanted}, clips.Sampling())
+    _write(options.results / "method_ablations", table, [row for row, _ in wanted])
 
 
 def _write(
     target: Path,
     table: list[dict],
-    titles: dict[str, str],
-    sampling: clips.Sampling,
+    rows: Sequence[Row],
     own_length: dict[str, dict[str, float]] | None = None,
     **more: object,
 ) -> None:
     results = {
         "command": " ".join(["python run.py bench method", *sys.argv[1:]]),
         "machine": report.machine(),
-        "frames": FRAMES, "sampling": asdict(sampling),
+        "frames": FRAMES, "sampling": {row.name: asdict(row.sampling) for row in rows if not row.truth},
         "rows": table, "base_at_25_frames": own_length, **more,
     }  # fmt: skip
     target.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    text = plots.markdown(table, titles, own_length)
+    text = plots.markdown(table, {row.name: row.title for row in rows}, own_length)
     target.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -124,9 +126,9 @@ def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], d
         by_frame[row.name] = np.stack(errors)
         by_row[row.name] = found, np.stack(seen)
         _log.info("Measured %s.", row.name)
-    for entry in table:
-        if entry["row"] != "extended" and "extended" in by_row:
-            entry["extended_minus_this"] = _difference(by_row["extended"], by_row[entry["row"]], true)
+    for entry, (row, _) in zip(table, wanted, strict=True):
+        if row.opponent in by_row:
+            entry["extended_minus_this"] = _difference(by_row[row.opponent], by_row[row.name], true)
     return table, by_frame
 
 
@@ -153,7 +155,7 @@ def _own_length(maker: Maker, count: int) -> dict[str, dict[str, float]]:
     for start in range(0, count, at_once):
         seeds = range(start, min(start + at_once, count))
         scenes = [world.sample(world.HELD_OUT + seed) for seed in seeds]
-        videos = clips.make(svd, scenes, svd.frames, seeds, SAMPLING)
+        videos = clips.make(svd, scenes, svd.frames, seeds)
         found += [measures.of_clip(clip, video)[0] for clip, video in zip(scenes, videos, strict=True)]
     return {name: measures.interval(np.array([clip[name] for clip in found])) for name in found[0]}
 
