@@ -345,18 +345,14 @@ def _set_anchor(conds: list[Condition], anchor: Anchor, first_frame: torch.Tenso
 
 
 def _set_embedding(conds: list[Condition], embedding: torch.Tensor) -> list[Condition]:
-    """Conditions with another image embedding [1, 1, D]. Those without one, such as the negative one, stay without."""
+    """Conditions with another image embedding [1, 1, D], before ComfyUI has encoded them.
 
-    def replaces(own: torch.Tensor | None) -> bool:
-        return own is not None and own.shape[1:] == embedding.shape[1:] and bool(own.any())
-
+    Those without one, such as the negative one, stay without.
+    """
     changed = []
     for cond in conds:
-        encoded = cond.get("model_conds", {}).get("c_crossattn")
-        if replaces(cond.get("cross_attn")):
-            cond = {**cond, "cross_attn": embedding.to(cond["cross_attn"])}
-        if encoded is not None and replaces(encoded.cond):
-            replaced = encoded._copy_with(embedding.to(encoded.cond).expand_as(encoded.cond))
-            cond = {**cond, "model_conds": {**cond["model_conds"], "c_crossattn": replaced}}
+        own = cond.get("cross_attn")
+        if own is not None and own.shape[1:] == embedding.shape[1:] and own.any():
+            cond = {**cond, "cross_attn": embedding.to(own)}
         changed.append(cond)
     return changed
