@@ -1,9 +1,10 @@
 """Does a long video in windows drift? The small model's videos, measured window by window, in ComfyUI.
 
-    python run.py bench drift [--frames 256 512 1024] [--clips 16 16 4] [--recycled FILE] [--fast]
+    python run.py bench drift [--frames 256 512 1024] [--clips 16 16 4] [--sampling lcm] [--rows NAME ...]
+        [--recycled FILE]
 
-Windows have either the image embedding of their own first frame or that of the video's. With `--recycled`, an extension
-that was post-tuned with error recycling is compared with the other one; with `--fast`, videos are sampled in 8 steps.
+A row is an `anchor` of ExVideo Windows, with the image embedding of the video's first frame or of each window's own.
+With `--recycled`, an extension that was post-tuned with error recycling is compared with the other one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from . import report
 from .long_videos import OVERLAP, WINDOW, Maker, Row, make_all
 from .method_measures import interval
 
-#: Settings of `Maker` besides the extension: those of `bench method`, and the fast ones of `bench steps`.
-USUAL, FAST = (25, "lcm", 1.0), (8, "lcm", 1.0, (700.0, 1.0))
-ROWS = (Row("own embedding", windows={}, embed=True), Row("the first frame's embedding", windows={}))
+#: Settings of `Maker` besides the extension.
+SAMPLINGS = {"euler": (25,), "lcm": (25, "lcm", 1.0), "fast": (8, "lcm", 1.0, (700.0, 1.0))}
+ROWS = (
+    Row("window start, own embedding", windows={}, embed=True),
+    Row("window start", windows={}),
+    Row("first picture", windows={"anchor": "first picture"}),
+)
 
 
 def by_window(clip: world.Clip, video: np.ndarray) -> dict[str, np.ndarray]:
@@ -73,10 +78,13 @@ def main() -> int:
     parser.add_argument("--clips", type=int, nargs="+", default=[16, 16, 4], help="number of videos of each length")
     parser.add_argument("--extension", type=Path, default=recipe.EXTENSION)
     parser.add_argument("--recycled", type=Path, help="an extension post-tuned with error recycling")
-    parser.add_argument("--fast", action="store_true", help="sample in 8 steps instead of 25")
+    parser.add_argument(
+        "--sampling", choices=SAMPLINGS, default="euler",
+        help="25 Euler steps with guidance, 25 steps of lcm without, or 8 of them (fast)",
+    )  # fmt: skip
     parser.add_argument(
         "--rows", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS], metavar="NAME",
-        help="embeddings to measure: " + ", ".join(f"'{row.name}'" for row in ROWS),
+        help="rows to measure: " + ", ".join(f"'{row.name}'" for row in ROWS),
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     options = parser.parse_args()
@@ -87,7 +95,7 @@ def main() -> int:
     for recycled, file in ((False, options.extension), (True, options.recycled)):
         if file is None:
             continue
-        maker = Maker(file, *(FAST if options.fast else USUAL))
+        maker = Maker(file, *SAMPLINGS[options.sampling])
         rows = [(row, *size) for row in ROWS if row.name in options.rows for size in sizes]
         make_all(maker, [(row, index, frames) for row, frames, clips in rows for index in range(clips)], options.jobs)
         for row, frames, clips in rows:
