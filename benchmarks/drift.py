@@ -19,6 +19,7 @@ from exvideo_core.video.windows import split_windows
 from small_model import measure, recipe, world
 
 from . import report
+from .length import border_step, window_borders
 from .long_videos import OVERLAP, WINDOW, Maker, Row, make_all
 from .method_measures import interval
 
@@ -99,12 +100,14 @@ def main() -> int:
         rows = [(row, *size) for row in ROWS if row.name in options.rows for size in sizes]
         make_all(maker, [(row, index, frames) for row, frames, clips in rows for index in range(clips)], options.jobs)
         for row, frames, clips in rows:
-            found = []
+            found, at_borders, borders = [], [], window_borders(frames)
             for index in range(clips):
                 video = maker.kept(row, index, frames)
                 found.append(by_window(world.sample(world.HELD_OUT + index), video))
+                at_borders.append(border_step(video, borders))
             names = {"row": row.name, "sampling": maker.sampling, "frames": frames, "recycled": recycled}
-            table.append({**names, "clips": clips, "metric": metric(found)})
+            figures = {**metric(found), "border_step": interval(np.array(at_borders))}
+            table.append({**names, "clips": clips, "metric": figures})
             print(report.markdown([_flat(table[-1])]).splitlines()[-1], flush=True)
     report.write("drift", table, table=[_flat(row) for row in table])
     return 0

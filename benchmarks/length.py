@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from exvideo_core.video.windows import split_windows
 from small_model import measure, recipe, world
 
 from . import report
@@ -49,18 +50,24 @@ def steps(video: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(video, axis=0)).mean((1, 2, 3))
 
 
+def border_step(video: np.ndarray, borders: list[int]) -> float:
+    """Mean change from frame to frame near the borders of windows, relative to elsewhere; NaN without borders."""
+    change = steps(video)
+    near = np.zeros(len(change), dtype=bool)
+    for border in borders:
+        near[max(border - 2, 0) : border + 2] = True
+    return float(change[near].mean() / change[~near].mean()) if borders else float("nan")
+
+
 def figures(clip: world.Clip, video: np.ndarray, borders: list[int]) -> dict[str, float]:
     """Measure the consistency of a video.
 
     Args:
         clip: the true clip.
         video: [T, H, W, 3] in 0..1.
-        borders: frames at which windows begin or end, except for the video's ends.
+        borders: of `window_borders`.
     """
     sighting, change = measure.sight(clip, video), steps(video)
-    near = np.zeros(len(change), dtype=bool)
-    for border in borders:
-        near[max(border - 2, 0) : border + 2] = True
     moved = np.abs(sighting.x[4:] - sighting.x[:-4]) / (4 * clip.speed)
     wall = np.minimum(sighting.x - world.LEFT, world.RIGHT - sighting.x) < 4 * clip.speed + _NEAR_WALL
     turning = wall[4:] | wall[:-4]
@@ -68,7 +75,7 @@ def figures(clip: world.Clip, video: np.ndarray, borders: list[int]) -> dict[str
     return {
         "presence": float(sighting.present.mean()),
         "possible_motion": float(possible.mean()),
-        "border_step": float(change[near].mean() / change[~near].mean()) if borders else float("nan"),
+        "border_step": border_step(video, borders),
         "largest_step": float(np.percentile(change, 99) / np.median(change)),
         "path_error_128": float(measure.path_error(sighting, clip)[:128].mean()),
         "brightness_drift": float(np.abs(video.mean((1, 2, 3)) - video[0].mean()).mean()),
@@ -89,7 +96,7 @@ def main() -> int:
     indices = range(options.clips)
     make_all(maker, [(row, i, frames) for frames in options.frames for row in rows() for i in indices], options.jobs)
     for frames in options.frames:
-        borders = _borders(frames)
+        borders = window_borders(frames)
         for row in rows():
             found = []
             for index in indices:
@@ -107,10 +114,9 @@ def _write_joints(maker: Maker, clips: int) -> None:
     report.write("length_joints", [_loops(maker, clips), _continuations(maker, clips)])
 
 
-def _borders(frames: int) -> list[int]:
-    from exvideo_core.comfyui.sampling.windows import WindowSettings
-
-    windows = WindowSettings(WINDOW, OVERLAP).split(frames)
+def window_borders(frames: int) -> list[int]:
+    """Frames at which windows begin or end, except for the video's ends."""
+    windows = split_windows(frames, WINDOW, OVERLAP)
     return [found[0] for found in windows[1:]] + [found[-1] + 1 for found in windows[:-1]]
 
 

@@ -78,9 +78,8 @@ class ExVideoWindows(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="With this and the VAE, every window is also conditioned on the image embedding of the "
-                    "frame that it starts with, instead of the first frame's, which keeps long videos from drifting. "
-                    "For fuse sequential with anchor window start.",
+                    tooltip="With this and the VAE, each window has the image embedding of the frame that it starts "
+                    "with, instead of the video's first frame. For fuse sequential with anchor window start.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes that frame."),
             ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks import drift
+from benchmarks.length import border_step
 from small_model import world
 
 FRAMES = 256  # three windows of 128 frames, of which neighbors share 64
@@ -41,3 +42,12 @@ def test_shapes_that_are_lost_count_in_their_window() -> None:
     assert metric["presence"]["mean"] == 0.75
     slopes = [metric["presence_slope"][name] for name in ("low", "mean", "high")]
     np.testing.assert_allclose(slopes, [-0.5, -0.25, 0], atol=1e-9)
+
+
+def test_a_jump_counts_where_windows_meet() -> None:
+    video = np.zeros((64, 2, 2, 3)) + (np.arange(64) * 0.001)[:, None, None, None]
+    assert np.isclose(border_step(video, [32]), 1)
+    assert np.isnan(border_step(video, []))
+    video[32:] += 0.01
+    assert np.isclose(border_step(video, [32]), (0.011 + 3 * 0.001) / 4 / 0.001)
+    assert border_step(video, [20]) < 1
