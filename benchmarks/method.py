@@ -26,7 +26,7 @@ from small_model.held_out import SIGMAS, HeldOut
 from . import method_measures as measures
 from . import method_plots as plots
 from . import report
-from .method_rows import BEST, FRAMES, Maker, Row, ablation_rows, main_rows, make_all
+from .method_rows import FRAMES, LCM, Maker, Row, ablation_rows, main_rows, make_all
 
 RESULTS = PACK / "benchmarks" / "results"
 CURVE_MEASURES = ("presence", "exchanged", "mixed", "path_error")
@@ -63,7 +63,7 @@ def main() -> int:
     curve = _curve(Maker(options.base, kept, options.device), options.extension, options.curve_clips)
     rows = [row for row, _ in wanted]
     _write(options.results / "method", table, rows, own_length, denoising=curve)
-    plotted = [row for row in rows if row.sampling != BEST]
+    plotted = [row for row in rows if row.sampling != LCM]
     titles = {row.name: row.title for row in plotted}
     plots.paths({name: by_frame[name] for name in titles}, titles, options.results / "method_path.png")
     plots.curve(curve, options.results / "method_denoising.png")

@@ -20,11 +20,11 @@ SIGMAS = (700.0, 0.002)  # SVD's highest and lowest noise level
 Sampler = Literal["euler", "lcm"]
 
 
-class LCMScheduler(EulerDiscreteScheduler):
-    """ComfyUI's sampler `lcm`: every step adds new noise of the next level to the predicted clean latents.
+class EDMLCMScheduler(EulerDiscreteScheduler):
+    """ComfyUI's sampler `lcm` on SVD's noise levels: every step adds new noise to the predicted clean latents.
 
-    This is multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1). Because later steps
-    replace the noise of earlier ones, they can correct their errors.
+    This is multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1). diffusers' own
+    `LCMScheduler` has the noise levels of Stable Diffusion.
 
     Attributes:
         generators: one per video. Without them, the noise is from PyTorch's default generator.
@@ -52,7 +52,7 @@ def pipeline(
     svd: SVD, sigmas: tuple[float, float] = SIGMAS, sampler: Sampler = "euler"
 ) -> StableVideoDiffusionPipeline:
     """Build diffusers' pipeline with SVD's Karras noise levels, and its scheduler unless another is requested."""
-    kind = LCMScheduler if sampler == "lcm" else EulerDiscreteScheduler
+    kind = EDMLCMScheduler if sampler == "lcm" else EulerDiscreteScheduler
     scheduler = kind(
         beta_start=0.00085,
         beta_end=0.012,
@@ -101,7 +101,7 @@ def generate_videos(
         steps: number of denoising steps.
         guidance: classifier-free guidance scale of the first and last frame.
         sigmas: noise levels of the first and the last step.
-        sampler: SVD's own, or `LCMScheduler`.
+        sampler: SVD's own, or `EDMLCMScheduler`.
         noise: initial noise of unit variance instead of the seeds' [N, frames, 4, H / 8, W / 8].
         progress: called with (finished step, steps) after each step; an exception cancels the run.
 
@@ -116,7 +116,7 @@ def generate_videos(
 
     pipe = pipeline(svd, sigmas, sampler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    if isinstance(pipe.scheduler, LCMScheduler):
+    if isinstance(pipe.scheduler, EDMLCMScheduler):
         pipe.scheduler.generators = generators
     pipe.set_progress_bar_config(disable=True)
     height, width = images.shape[1:3]

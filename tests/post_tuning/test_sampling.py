@@ -9,9 +9,9 @@ from small_model import recipe, world
 
 
 def test_lcm_adds_the_noise_of_the_next_level_to_the_clean_prediction() -> None:
-    from exvideo_core.diffusers.sampling import LCMScheduler
+    from exvideo_core.diffusers.sampling import EDMLCMScheduler
 
-    scheduler = LCMScheduler(use_karras_sigmas=True, prediction_type="v_prediction", sigma_min=0.01, sigma_max=80.0)
+    scheduler = EDMLCMScheduler(use_karras_sigmas=True, prediction_type="v_prediction", sigma_min=0.01, sigma_max=80.0)
     scheduler.set_timesteps(3)
     scheduler.generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
     noise = torch.stack([torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)) for seed in (4, 5)])
