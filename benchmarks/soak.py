@@ -132,13 +132,13 @@ def main() -> int:
 def _patched(node: str, frames: int = 8, steps: int = 2, **inputs: Any) -> Prompt:  # noqa: ANN401 - a node's inputs
     """The quickstart with another node between ExVideoApply and the sampler."""
     graph = quick(frames, steps)
-    graph["4"]["inputs"]["model"] = ["more", 0]
+    graph["7"]["inputs"]["model"] = ["more", 0]
     graph["more"] = {"class_type": node, "inputs": {"model": ["3", 0], **inputs}}
     return graph
 
 
-def _windows(fuse: str) -> Prompt:
-    return _patched("ExVideoWindows", 24, window_frames=12, overlap_frames=4, fuse=fuse, freenoise=False)
+def _windows(fuse: str, **inputs: Any) -> Prompt:  # noqa: ANN401
+    return _patched("ExVideoWindows", 24, window_frames=12, overlap_frames=4, fuse=fuse, freenoise=False, **inputs)
 
 
 def _keyframes() -> Prompt:
@@ -169,6 +169,7 @@ GOOD: dict[str, Callable[[], Prompt]] = {
     "half strength": lambda: quick(ExVideoApply={"strength": 0.5}),
     "base": lambda: unpatched(quick()),
     "sequential windows": lambda: _windows("sequential"),
+    "windows with their own embeddings": lambda: _windows("sequential", clip_vision=["1", 1], vae=["1", 2]),
     "averaged windows": lambda: _windows("pyramid"),
     "skip connections in RAM": lambda: _patched("ExVideoMemory", 12, chunk_megabytes=1, offload_skips=True),
     "keyframes": _keyframes,

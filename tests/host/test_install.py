@@ -153,4 +153,4 @@ def test_it_starts_at_once_and_imports_nothing_the_host_has_not(server) -> None:
     seconds = {Path(path).name: float(time) for time, path in re.findall(r"([\d.]+) seconds: (.+)", server.log())}
     print(f"{seconds[PACK.name]} s, beside the standard library {sorted(set(imported) - set(own))}")
     assert seconds["probe"] >= 0.5  # the figures hold what comfy_entrypoint takes
-    assert seconds[PACK.name] < 0.3
+    assert seconds[PACK.name] < seconds["probe"]
