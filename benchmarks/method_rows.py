@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,7 +60,7 @@ def main_rows(extension: Path) -> list[Row]:
         Row("base", "(a) base"),
         Row("untrained", "(b) base + untrained extension", "untrained"),
         Row("extended", "(c) base + post-tuned extension", str(extension), opponent=None),
-        Row("one_call", "(c) in one denoising step", str(extension), sampling=replace(USUAL, steps=1)),
+        Row("one_call", "(c) in one denoising step", str(extension), sampling=Sampling(1)),
         Row("windows", "(d) base in 25-frame windows", windows=True),
         Row("freelong", "(f) base with FreeLong", rival="freelong"),
         Row("freenoise", "(g) base with FreeNoise", rival="freenoise"),
@@ -72,13 +72,10 @@ def main_rows(extension: Path) -> list[Row]:
 def ablation_rows(folder: Path) -> list[Row]:
     """Rows of the ablations, whose extensions are in a folder."""
     return [
-        Row(row, title, str(folder / f"{name}.safetensors"))
-        for row, title, name in (
-            ("extended_short", "(c) trained as long as (e)", "full"),
-            ("no_convolution", "(e) without convolution", "no_convolution"),
-            ("no_positions", "(e) without trained positions", "no_positions"),
-            ("no_attention", "(e) without temporal attention", "no_attention"),
-        )
+        Row("extended_short", "(c) trained as long as (e)", str(folder / "full.safetensors")),
+        Row("no_convolution", "(e) without convolution", str(folder / "no_convolution.safetensors")),
+        Row("no_positions", "(e) without trained positions", str(folder / "no_positions.safetensors")),
+        Row("no_attention", "(e) without temporal attention", str(folder / "no_attention.safetensors")),
     ]
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import psutil
 
 from runner.hosts import Host
-from runner.prompts import quick, to_file, unpatched
+from runner.prompts import find, quick, to_file, unpatched
 from runner.server import Prompt, Result, Server
 from small_model import recipe
 
@@ -132,8 +132,8 @@ def main() -> int:
 def _patched(node: str, frames: int = 8, steps: int = 2, **inputs: Any) -> Prompt:  # noqa: ANN401 - a node's inputs
     """The quickstart with another node between ExVideoApply and the sampler."""
     graph = quick(frames, steps)
-    graph["7"]["inputs"]["model"] = ["more", 0]
-    graph["more"] = {"class_type": node, "inputs": {"model": ["3", 0], **inputs}}
+    graph[find(graph, "KSampler")]["inputs"]["model"] = ["more", 0]
+    graph["more"] = {"class_type": node, "inputs": {"model": [find(graph, "ExVideoApply"), 0], **inputs}}
     return graph
 
 
