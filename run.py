@@ -90,7 +90,7 @@ def demo(folder: Path | None = None, standalone: bool = False, keep: bool = Fals
     if folder is not None and not is_host(folder):
         print(f"{folder} is not a ComfyUI folder: it has no main.py.", file=sys.stderr)
         return 1
-    hosts, skipped = usable([Host(folder.resolve())] if folder is not None else find_hosts())
+    hosts, skipped = usable([Host(folder.resolve())] if folder is not None else find_hosts(), most=1)
     if folder is not None and not hosts:
         return 1
     if standalone or not hosts:
@@ -99,7 +99,8 @@ def demo(folder: Path | None = None, standalone: bool = False, keep: bool = Fals
         return _python(own_python(), "-m", "runner.demo_standalone").returncode
     host = hosts[0]
     arguments = ["--host", str(host.path), *(["--keep"] if keep else [])]
-    return _python(host_python(host), "-m", "runner.demo", *arguments).returncode
+    # Bytecode, which ComfyUI leaves behind whenever it runs, saves the next start more than a second.
+    return _python(host_python(host), "-m", "runner.demo", *arguments, bytecode=True).returncode
 
 
 def benchmark(name: str | None, arguments: list[str]) -> int:
@@ -108,7 +109,7 @@ def benchmark(name: str | None, arguments: list[str]) -> int:
         return 0
     if name in HOSTLESS_BENCHMARKS:
         return _python(own_python(), "-m", f"benchmarks.{name}", *arguments).returncode
-    hosts, skipped = usable(find_hosts())
+    hosts, skipped = usable(find_hosts(), most=1)
     if not hosts:
         print(f"bench {name} needs a ComfyUI: {_no_host(skipped)}", file=sys.stderr)
         return 1
@@ -118,10 +119,12 @@ def benchmark(name: str | None, arguments: list[str]) -> int:
     return _python(own_python(), "-m", "benchmarks.plots", name).returncode
 
 
-def usable(hosts: list[Host]) -> tuple[list[Host], list[str]]:
-    """The ComfyUIs that can be started, and a line, which is also printed, for each that cannot."""
+def usable(hosts: list[Host], most: int | None = None) -> tuple[list[Host], list[str]]:
+    """The first `most` ComfyUIs that can be started, and a line, which is also printed, for each before that cannot."""
     fit, lines = [], []
     for host in hosts:
+        if len(fit) == most:
+            break
         try:
             found_python(host)
         except UnfitEnvironment as error:
@@ -138,7 +141,7 @@ def _no_host(skipped: list[str]) -> str:
 
 
 def write_help(pictures: bool = False) -> int:
-    hosts, skipped = usable(find_hosts())
+    hosts, skipped = usable(find_hosts(), most=1)
     if not hosts:
         print(f"help reads the nodes' inputs from a ComfyUI: {_no_host(skipped)}", file=sys.stderr)
         return 1
@@ -156,8 +159,12 @@ def run_tests(chosen: tuple[str, ...], pytest: list[str], everything: bool = Fal
     return tiers.run(chosen, hosts, _no_host(skipped), pytest, everything, notes)
 
 
-def _python(python: Path, *arguments: str, host: Host | None = None) -> subprocess.CompletedProcess[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(PACK), "PYTHONDONTWRITEBYTECODE": "1"}
+def _python(
+    python: Path, *arguments: str, host: Host | None = None, bytecode: bool = False
+) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(PACK)}
+    if not bytecode:
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
     if host is not None:
         environment |= {"EXVIDEO_HOST": str(host.path), "EXVIDEO_CHROMIUM": tiers.chromium() or ""}
     return subprocess.run([python, *arguments], cwd=PACK, env=environment, check=False)

@@ -1,6 +1,6 @@
 """Does post-tuning work? Compares 128-frame videos of base, extension and ablations to the true videos.
 
-    python run.py bench method [--clips 64] [--ablation-clips 32] [--jobs 2]
+    python run.py bench method [--clips 64] [--lcm-clips 128] [--ablation-clips 32] [--jobs 2]
 
 Uses the small model. The ablations' extensions are not included in this repository, and trained first if needed: see
 `small_model/README.md`. Generated videos are kept in the cache folder, so that an interrupted run can be resumed.
@@ -39,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="run.py bench method", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--clips", type=int, default=64, help="videos per main row")
+    parser.add_argument("--lcm-clips", type=int, default=128, help="videos per row of the sampler lcm")
     parser.add_argument("--ablation-clips", type=int, default=32, help="videos per ablation (0: skip ablations)")
     parser.add_argument("--curve-clips", type=int, default=6, help="videos of the one-step denoising curve")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
@@ -55,13 +56,13 @@ def main() -> int:
 
     kept = cache_folder() / "bench-method"
     options.results.mkdir(parents=True, exist_ok=True)
-    wanted = [(row, options.clips) for row in main_rows(options.extension)]
+    rows = main_rows(options.extension)
+    wanted = [(row, options.lcm_clips if row.sampling == LCM else options.clips) for row in rows]
     maker = Maker(options.base, kept, options.device, options.half)
     make_all(maker, wanted, options.jobs)
     table, by_frame = _measure(maker, wanted)
     own_length = _own_length(maker, options.clips)
     curve = _curve(Maker(options.base, kept, options.device), options.extension, options.curve_clips)
-    rows = [row for row, _ in wanted]
     _write(options.results / "method", table, rows, own_length, denoising=curve)
     plotted = [row for row in rows if row.sampling != LCM]
     titles = {row.name: row.title for row in plotted}

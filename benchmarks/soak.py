@@ -141,12 +141,18 @@ def _windows(fuse: str, **inputs: Any) -> Prompt:  # noqa: ANN401
     return _patched("ExVideoWindows", 24, window_frames=12, overlap_frames=4, fuse=fuse, freenoise=False, **inputs)
 
 
+def _embedded_windows() -> Prompt:
+    loader = find(quick(), "ExVideoCheckpointLoader")
+    return _windows("sequential", clip_vision=[loader, 1], vae=[loader, 2])
+
+
 def _keyframes() -> Prompt:
     graph = quick()
     graph["other"] = {"class_type": "ExVideoExamplePicture", "inputs": {"seed": 10_000_001}}
+    vae, latent = [find(graph, "ExVideoCheckpointLoader"), 2], [find(graph, "ExVideoConditioning"), 2]
     graph["keys"] = {"class_type": "ExVideoKeyframes", "inputs": {
-        "vae": ["1", 2], "latent": ["6", 2], "images": ["other", 0], "frame_indices": "-1"}}  # fmt: skip
-    graph["7"]["inputs"]["latent_image"] = ["keys", 0]
+        "vae": vae, "latent": latent, "images": ["other", 0], "frame_indices": "-1"}}  # fmt: skip
+    graph[find(graph, "KSampler")]["inputs"]["latent_image"] = ["keys", 0]
     return graph
 
 
@@ -169,7 +175,7 @@ GOOD: dict[str, Callable[[], Prompt]] = {
     "half strength": lambda: quick(ExVideoApply={"strength": 0.5}),
     "base": lambda: unpatched(quick()),
     "sequential windows": lambda: _windows("sequential"),
-    "windows with their own embeddings": lambda: _windows("sequential", clip_vision=["1", 1], vae=["1", 2]),
+    "windows with their own embeddings": _embedded_windows,
     "averaged windows": lambda: _windows("pyramid"),
     "skip connections in RAM": lambda: _patched("ExVideoMemory", 12, chunk_megabytes=1, offload_skips=True),
     "keyframes": _keyframes,
@@ -198,7 +204,7 @@ def _case(rng: random.Random) -> Case:
     way = rng.choice(["cancelled", "cancelled", "fault", "bad", "invalid"])
     if way == "cancelled":
         graph = rng.choice([quick(40, 20), _windows("sequential"), _windows("pyramid")])
-        graph["7"]["inputs"]["steps"] = 20
+        graph[find(graph, "KSampler")]["inputs"]["steps"] = 20
         return Case("long", graph, "cancelled", after=rng.randint(1, 12))
     if way == "fault":
         kind = rng.choice(["memory", "other"])

@@ -126,6 +126,7 @@ def test_a_comfyui_without_an_environment_that_fits_is_skipped_by_name(host: Hos
     (fits.path / "requirements.txt").write_text("\n".join(f"{name}=={version}" for name, version in NEWER.items()))
     hosts, lines = run.usable([fits, host])
     assert hosts == [fits] and len(lines) == 1
+    assert run.usable([fits, host], most=1) == ([fits], [])  # those after it are not looked at
     assert lines[0].startswith(f"SKIPPED ComfyUI 0.3.64 ({host.path}): ")
     assert capsys.readouterr().err == f"{lines[0]}\n"
 
