@@ -61,11 +61,13 @@ class Bank:
         latents: scaled [N, F, 4, h, w].
         embeddings: of every `STRIDE`th frame [N, ceil(F / STRIDE), D].
         buckets: [N].
+        hard: clip and place of windows that are drawn for half of a batch, as `windows` takes them [K] (default: none).
     """
 
     latents: torch.Tensor
     embeddings: torch.Tensor
     buckets: torch.Tensor
+    hard: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -105,6 +107,12 @@ class Bank:
         places = (self.latents.shape[1] - 1 - (frames - 1) * skips) // STRIDE + 1
         clip = torch.randint(len(self), (count,), generator=generator, device=device)
         place = (torch.rand(count, generator=generator, device=device) * places).long()
+        if self.hard is not None:
+            chosen = torch.randint(len(self.hard[0]), (count,), generator=generator, device=device)
+            replaced = torch.rand(count, generator=generator, device=device) < 0.5
+            clip, place = (
+                torch.where(replaced, hard[chosen], drawn) for hard, drawn in zip(self.hard, (clip, place), strict=True)
+            )
         return self.windows(clip, place, frames, skips)
 
     def windows(

@@ -22,6 +22,7 @@ from exvideo_core.post_tuning.loss import loss_weight
 from exvideo_core.post_tuning.selection import select, untrained
 
 from .bank import Bank
+from .hard import with_hard
 from .held_out import HeldOut, curve, show
 from .options import add_options, levels_of, prepare
 from .training import Learner, Plan
@@ -56,7 +57,8 @@ def train(options: argparse.Namespace) -> None:
         muon=options.muon, recycle=options.recycle,
     )  # fmt: skip
     held = HeldOut.of(svd, options.watch_clips, FRAMES)
-    bank = Bank.encode(svd.vae, svd.image_encoder, range(options.clips), options.clip_frames)
+    seeds = range(options.first_clip, options.first_clip + options.clips)
+    bank = Bank.encode(svd.vae, svd.image_encoder, seeds, options.clip_frames)
     _log.info("%d clips of %d frames encoded", *bank.latents.shape[:2])
     multiples = {"positions": options.positions_rate}
     dtype = torch.bfloat16 if options.bf16 else torch.float32
@@ -64,6 +66,8 @@ def train(options: argparse.Namespace) -> None:
         unet.train(), [(part, multiples.get(name, 1.0)) for name, part in groups.items()], plan, dtype, options.graph,
         options.compile,
     )  # fmt: skip
+    if options.hard:
+        bank = with_hard(bank, learner.call, FRAMES, options.hard, options.hard // 8, options.seed)
     learner.resume(out / "extension-state.pt")
 
     def export() -> None:
@@ -83,6 +87,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, batch=16, rate=1e-3)
     parser.add_argument("--base", type=Path, required=True, help="SVD model: a file or a diffusers folder")
+    parser.add_argument(
+        "--hard", type=int, default=0, metavar="N",
+        help="draw half of the windows from the eighth of N random ones in which the model is most wrong at the start",
+    )  # fmt: skip
     parser.add_argument("--init", type=Path, help="extension to start from (default: an untrained one)")
     parser.add_argument("--without", choices=PARTS, help="part to reset and not to train")
     parser.add_argument(

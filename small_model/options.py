@@ -26,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser, batch: int, rate: float) -> Non
     parser.add_argument("--compile", action="store_true", help="compile the UNet (torch.compile)")
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the moving average per step")
     parser.add_argument("--clips", type=int, default=3072, help="number of training clips")
+    parser.add_argument("--first-clip", type=int, default=0, help="seed of the first training clip")
     parser.add_argument("--clip-frames", type=int, default=256, help="frames per training clip")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -67,6 +67,27 @@ def test_draws_are_windows_of_the_clips(bank) -> None:
     assert found <= starts and len(found) > 4
 
 
+def test_hard_windows_are_those_with_the_largest_errors(bank) -> None:
+    from small_model.hard import with_hard
+
+    def zeros(sample: torch.Tensor, *_: object, return_dict: bool) -> tuple[torch.Tensor]:
+        return (torch.zeros_like(sample[:, :, :4]),)
+
+    # Without the UNet's part, what is left of the latents is their share of the noisy ones: the larger, the more wrong.
+    larger = replace(bank, latents=bank.latents * torch.tensor([1.0, 3.0, 2.0]).view(-1, 1, 1, 1, 1))
+    for kept, expected in ((2, {(1, 0), (1, 1)}), (4, {(1, 0), (1, 1), (2, 0), (2, 1)})):
+        found = with_hard(larger, zeros, 8, 6, kept).hard
+        assert set(zip(*(part.tolist() for part in found), strict=True)) == expected
+
+
+def test_hard_windows_are_half_of_a_batch(bank) -> None:
+    hard = replace(bank, hard=(torch.tensor([2]), torch.tensor([1])))
+    count, generator = 400, torch.Generator().manual_seed(0)
+    drawn = hard.draw(count, 8, generator).latents[:, 0]
+    share = (drawn == bank.latents[2, 4]).flatten(1).all(1).float().mean()
+    assert 0.5 < share < 0.67  # half, and a sixth of the others, which are drawn from two places in three clips
+
+
 def test_a_run_resumes_bit_for_bit(learner, bank, tmp_path: Path) -> None:
     whole, first = learner(), learner()
     whole.train(bank)
