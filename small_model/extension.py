@@ -67,7 +67,7 @@ def train(options: argparse.Namespace) -> None:
         options.compile,
     )  # fmt: skip
     if options.hard:
-        bank = with_hard(bank, learner.call, FRAMES, options.hard, options.hard // 8, options.seed)
+        bank = with_hard(bank, svd, learner.call, FRAMES, options.hard, options.hard // 8, options.seed)
     learner.resume(out / "extension-state.pt")
 
     def export() -> None:

@@ -59,7 +59,7 @@ class HeldOut:
     def one_step(self, unet: VideoUNet, sigma: float, seed: int = 0) -> torch.Tensor:
         """The clean latents that a UNet predicts at one noise level [N, T, 4, h, w]."""
         noise, found = self._noise(seed), []
-        for start in range(0, len(self.clips), _AT_ONCE):
+        for start in range(0, len(noise), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             noisy = self.windows.latents[part] + noise[part] * sigma
             level = torch.full((len(noisy),), sigma, device=noisy.device)

@@ -67,7 +67,7 @@ def test_draws_are_windows_of_the_clips(bank) -> None:
     assert found <= starts and len(found) > 4
 
 
-def test_hard_windows_are_those_with_the_largest_errors(bank) -> None:
+def test_hard_windows_are_those_with_the_largest_errors(svd, bank) -> None:
     from small_model.hard import with_hard
 
     def zeros(sample: torch.Tensor, *_: object, return_dict: bool) -> tuple[torch.Tensor]:
@@ -76,7 +76,7 @@ def test_hard_windows_are_those_with_the_largest_errors(bank) -> None:
     # Without the UNet's part, what is left of the latents is their share of the noisy ones: the larger, the more wrong.
     larger = replace(bank, latents=bank.latents * torch.tensor([1.0, 3.0, 2.0]).view(-1, 1, 1, 1, 1))
     for kept, expected in ((2, {(1, 0), (1, 1)}), (4, {(1, 0), (1, 1), (2, 0), (2, 1)})):
-        found = with_hard(larger, zeros, 8, 6, kept).hard
+        found = with_hard(larger, svd, zeros, 8, 6, kept).hard
         assert set(zip(*(part.tolist() for part in found), strict=True)) == expected
 
 
