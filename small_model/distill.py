@@ -24,8 +24,9 @@ from exvideo_core.choices import DistillTarget
 from exvideo_core.diffusers import checkpoint, patch
 from exvideo_core.diffusers.checkpoint import SVD
 from exvideo_core.method.extension import Extension, FewSteps
+from exvideo_core.method.noise_levels import SIGMA_MAX
 from exvideo_core.post_tuning.distillation import Distillation, Paths, distillation_loss, phase_levels, with_weights
-from exvideo_core.post_tuning.loss import SIGMA_MAX, VideoUNet, denoise, loss_weight
+from exvideo_core.post_tuning.loss import VideoUNet, denoise, loss_weight
 from exvideo_core.post_tuning.samples import Sample
 from exvideo_core.post_tuning.selection import select
 

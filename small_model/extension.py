@@ -97,6 +97,8 @@ def main() -> None:
         "--positions-rate", type=float, default=10.0, help="factor on the learning rate for the position tables"
     )
     options = parser.parse_args()
+    if 0 < options.hard < 8:
+        parser.error("--hard needs at least 8 windows, an eighth of which is drawn from")
     prepare(options)
     train(options)
 

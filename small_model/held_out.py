@@ -11,7 +11,8 @@ import torch
 
 from exvideo_core.diffusers.checkpoint import SVD
 from exvideo_core.diffusers.sampling import decode
-from exvideo_core.post_tuning.loss import SIGMA_MAX, VideoUNet, denoise, sigma_ramp
+from exvideo_core.method.noise_levels import SIGMA_MAX
+from exvideo_core.post_tuning.loss import VideoUNet, denoise, sigma_ramp
 
 from . import measure, world
 from .bank import Bank, Windows, encode

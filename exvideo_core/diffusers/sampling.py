@@ -13,10 +13,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from ..method.noise_levels import SIGMA_MAX, SIGMA_MIN
 from ..video.blending import segment_weights, split_segments
 from .checkpoint import SVD
 
-SIGMAS = (700.0, 0.002)  # SVD's highest and lowest noise level
 Sampler = Literal["euler", "lcm"]
 
 
@@ -49,7 +49,7 @@ class EDMLCMScheduler(EulerDiscreteScheduler):
 
 
 def pipeline(
-    svd: SVD, sigmas: tuple[float, float] = SIGMAS, sampler: Sampler = "euler"
+    svd: SVD, sigmas: tuple[float, float] = (SIGMA_MAX, SIGMA_MIN), sampler: Sampler = "euler"
 ) -> StableVideoDiffusionPipeline:
     """Build diffusers' pipeline with SVD's Karras noise levels, and its scheduler unless another is requested."""
     kind = EDMLCMScheduler if sampler == "lcm" else EulerDiscreteScheduler
@@ -83,7 +83,7 @@ def generate_videos(
     noise_aug_strength: float = 0.02,
     steps: int = 25,
     guidance: tuple[float, float] = (1.0, 1.0),
-    sigmas: tuple[float, float] = SIGMAS,
+    sigmas: tuple[float, float] = (SIGMA_MAX, SIGMA_MIN),
     sampler: Sampler = "euler",
     noise: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -15,6 +15,7 @@ from ..files.output_file import begin, discard, explain_errors, finish
 from ..files.safetensors_header import Header, ModelFileError, read_header
 from . import positions, tensor_names
 from .convolution import identity_convolution
+from .noise_levels import SIGMA_MAX, SIGMA_MIN
 
 #: Name prefixes in training checkpoints, longest first.
 _PREFIXES = ("_forward_module.unet.", "unet.")
@@ -39,8 +40,8 @@ class FewSteps:
     guidance: float = 1.0
     sampler: str = "euler"
     scheduler: str = "karras"
-    sigma_max: float = 700.0
-    sigma_min: float = 0.002
+    sigma_max: float = SIGMA_MAX
+    sigma_min: float = SIGMA_MIN
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> FewSteps | None:

@@ -29,7 +29,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..choices import DistillTarget
-from .loss import RHO, SIGMA_MIN, VideoUNet, denoise, loss_weight, sigma_ramp
+from ..method.noise_levels import SIGMA_MIN, karras
+from .loss import VideoUNet, denoise, loss_weight, sigma_ramp
 from .samples import Sample
 
 #: Predicts clean latents [B, T, 4, H, W] from noisy ones and their noise levels [B].
@@ -41,13 +42,7 @@ def phase_levels(steps: int, sigma_max: float, sigma_min: float) -> torch.Tensor
 
     ComfyUI's node *KarrasScheduler* gives the same ones.
     """
-    return torch.cat([_karras(steps, sigma_max, sigma_min), torch.zeros(1)])
-
-
-def _karras(steps: int, sigma_max: float, sigma_min: float) -> torch.Tensor:
-    places = torch.linspace(0, 1, steps, dtype=torch.float64)
-    ends = sigma_max ** (1 / RHO), sigma_min ** (1 / RHO)
-    return ((ends[0] + places * (ends[1] - ends[0])) ** RHO).float()
+    return torch.cat([karras(steps, sigma_max, sigma_min), torch.zeros(1)])
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Paths:
         if target == "progressive":
             share = -(-teacher_steps // (len(phases) - 1))
             pairs = zip(phases[:-1].tolist(), phases[1:].tolist(), strict=True)
-            parts = [torch.cat([_karras(share + 1, start, max(end, SIGMA_MIN))[:-1], torch.tensor([end])])
+            parts = [torch.cat([karras(share + 1, start, max(end, SIGMA_MIN))[:-1], torch.tensor([end])])
                      for start, end in pairs]  # fmt: skip
             return cls(phases[:-1], torch.stack(parts), phases[1:])
         ramp = sigma_ramp(teacher_steps)

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 
-#: SVD's EDM noise levels, as in the reference's `ContinuousODEScheduler`.
-SIGMA_MAX, SIGMA_MIN, RHO = 700.0, 0.002, 7.0
+from ..method.noise_levels import karras
+
 RAMP_STEPS = 1000
 
 
@@ -25,10 +25,8 @@ class VideoUNet(Protocol):
 
 
 def sigma_ramp(steps: int = RAMP_STEPS) -> torch.Tensor:
-    """Karras noise levels from `SIGMA_MAX` down to `SIGMA_MIN` [steps], in float32 (Karras et al. 2022, eq. 5)."""
-    positions = torch.linspace(0, 1, steps, dtype=torch.float64)
-    ends = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-    return ((ends[0] + positions * (ends[1] - ends[0])) ** RHO).float()
+    """The published ramp: SVD's Karras noise levels, highest first [steps], in float32."""
+    return karras(steps)
 
 
 def loss_weight(sigma: torch.Tensor) -> torch.Tensor:

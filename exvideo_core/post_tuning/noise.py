@@ -7,7 +7,8 @@ import math
 import torch
 
 from ..choices import NoiseKind
-from .loss import RAMP_STEPS, SIGMA_MAX, SIGMA_MIN, sigma_ramp
+from ..method.noise_levels import SIGMA_MAX, SIGMA_MIN
+from .loss import RAMP_STEPS, sigma_ramp
 
 
 def noise_levels(

@@ -59,7 +59,8 @@ class Report:
 
     def sample(self, step: int, svd: SVD, video: Video) -> None:
         """Generate a sample video from a training video's first frame with the current weights."""
-        from ..diffusers.sampling import SIGMAS, generate_video
+        from ..diffusers.sampling import generate_video
+        from ..method.noise_levels import SIGMA_MAX, SIGMA_MIN
 
         config = self.config
         distilled = config.objective == "distill"
@@ -73,7 +74,7 @@ class Report:
             motion_bucket_id=127 if bucket is None else bucket,
             noise_aug_strength=0.0,
             steps=config.distill_steps if distilled else config.sample_steps,
-            sigmas=(config.distill_sigma_max, config.distill_sigma_min) if distilled else SIGMAS,
+            sigmas=(config.distill_sigma_max, config.distill_sigma_min) if distilled else (SIGMA_MAX, SIGMA_MIN),
             seed=config.seed,
         )
         folder = self.out / "samples"

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from exvideo_core.post_tuning.loss import SIGMA_MAX, SIGMA_MIN, sigma_ramp
+from exvideo_core.method.noise_levels import SIGMA_MAX, SIGMA_MIN
+from exvideo_core.post_tuning.loss import sigma_ramp
 from exvideo_core.post_tuning.noise import noise_levels
 
 
