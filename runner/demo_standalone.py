@@ -19,7 +19,9 @@ def main() -> int:
 
     started = time.monotonic()
     nodes = quickstart()
-    sampling, conditioning = nodes["KSampler"], nodes["ExVideoConditioning"]
+    sampling, levels, conditioning = (
+        nodes[kind] for kind in ("SamplerCustom", "KarrasScheduler", "ExVideoConditioning")
+    )
     clip = world.sample(nodes["ExVideoExamplePicture"]["seed"])
     svd = checkpoint.load(recipe.CHECKPOINT)
     patch.apply(svd.unet, Extension.load(recipe.EXTENSION))
@@ -30,9 +32,11 @@ def main() -> int:
         fps=conditioning["fps"],
         motion_bucket_id=clip.motion_bucket,
         noise_aug_strength=conditioning["noise_aug_strength"],
-        steps=sampling["steps"],
+        steps=levels["steps"],
         guidance=(sampling["cfg"], sampling["cfg"]),
-        seed=sampling["seed"],
+        sigmas=(levels["sigma_max"], levels["sigma_min"]),
+        sampler=nodes["KSamplerSelect"]["sampler_name"],
+        seed=sampling["noise_seed"],
         progress=lambda step, steps: print(f"\rsampling: {step}/{steps}   ", end="", flush=True),
     )
     print()

@@ -24,14 +24,20 @@ def quickstart(**changes: dict[str, Any]) -> Prompt:
 
 
 def quick(frames: int = 8, steps: int = 2, **changes: dict[str, Any]) -> Prompt:
-    """The quickstart with guidance, few frames and steps, saving lossless images.
+    """The quickstart with KSampler and guidance, of few frames and steps, saving lossless images.
 
     Each call uses a new seed for noise of strength 0: the result is the same, but ComfyUI does not take it from its
     cache.
     """
+    sampling = changes.pop("KSampler", {})
     conditioning = {"frames": frames, "noise_aug_strength": 0.0, "seed": next(_fresh)}
-    sampling = {"steps": steps, "cfg": recipe.GUIDANCE, **changes.pop("KSampler", {})}
-    graph = quickstart(**{"ExVideoConditioning": conditioning, "KSampler": sampling, **changes})
+    graph = quickstart(**{"ExVideoConditioning": conditioning, **changes})
+    sampler = graph[find(graph, "SamplerCustom")]
+    links = {name: sampler["inputs"][name] for name in ("model", "positive", "negative", "latent_image")}
+    settings = {"seed": 0, "steps": steps, "cfg": recipe.GUIDANCE, "sampler_name": "euler", "scheduler": "karras"}
+    sampler.update({"class_type": "KSampler", "inputs": {**links, **settings, "denoise": 1.0, **sampling}})
+    for kind in ("KSamplerSelect", "KarrasScheduler"):
+        del graph[find(graph, kind)]
     for key in [key for key, node in graph.items() if node["class_type"] in ("ImageScale", "CreateVideo", "SaveVideo")]:
         del graph[key]
     saved = {"images": [find(graph, "ExVideoDecode"), 0], "filename_prefix": "frame"}

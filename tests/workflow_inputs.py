@@ -24,6 +24,7 @@ SMALL = {
     "ExVideoLoader": {"extension_name": recipe.EXTENSION.name},
     "KSampler": {"steps": 2},
     "AlignYourStepsScheduler": {"steps": 2},
+    "KarrasScheduler": {"steps": 2},
     "ExVideoWindows": {"window_frames": 16, "overlap_frames": 4},
 }
 

@@ -62,7 +62,7 @@ def test_run_shows_progress_a_moving_preview_and_the_video(app) -> None:
             })
         }"""
     )
-    app.set("KSampler", steps=40)
+    app.set("KarrasScheduler", steps=40)
     app.run()
     # The host alone shows one picture a step, the clip's first frame: others are further frames.
     moving = "Object.values(window.seen.pictures).filter(pictures => pictures.size > 1).length"
@@ -140,7 +140,7 @@ def test_a_failed_run_names_its_node_and_says_what_to_do(app) -> None:
             app.page.get_by_text(details).first.click()
     app.page.get_by_text("Lower the frame count to 128").first.wait_for()
     failed = app.page.evaluate("window.app.graph.getNodeById(window.app.lastExecutionError.node_id).type")
-    assert failed == "KSampler"
+    assert failed == "SamplerCustom"
     app.shot("error")
 
 
