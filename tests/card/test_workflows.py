@@ -28,7 +28,7 @@ def graph_of(name: str) -> Prompt:
     if name in NAMES and name.startswith("exvideo_"):
         graph = clips.lossless(small(name))
         if name == "exvideo_animatelcm":  # a simulated card has no random numbers, which lcm needs
-            graph[find(graph, "KSampler")]["inputs"]["sampler_name"] = "euler"
+            graph[find(graph, "KSamplerSelect")]["inputs"]["sampler_name"] = "euler"
         return graph
     graph = quick()
     sampled = next(node["inputs"] for node in graph.values() if node["class_type"] == "KSampler")

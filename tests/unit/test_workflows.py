@@ -12,7 +12,7 @@ FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 BLUEPRINTS = sorted((PACK / "subgraphs").glob("*.json"))
 HOST_NODES = {
-    "AlignYourStepsScheduler", "KSamplerSelect", "KarrasScheduler", "ModelSamplingContinuousEDM",
+    "AlignYourStepsScheduler", "KSamplerSelect", "KarrasScheduler",
     "BasicScheduler", "CLIPLoader", "CLIPTextEncode", "EmptyHunyuanLatentVideo", "ModelSamplingSD3", "SamplerCustom",
     "UNETLoader", "VAEDecodeTiled", "VAELoader", "VOIDSampler",
     "CreateVideo", "GetVideoComponents", "ImageBatch", "ImageFromBatch", "ImageScale", "KSampler", "LoadImage",
