@@ -21,6 +21,7 @@ import numpy as np
 from runner.environment import cache_folder
 from runner.hosts import PACK
 from small_model import clips, measure, recipe, world
+from small_model.figures import of_clip
 from small_model.held_out import SIGMAS, HeldOut
 
 from . import method_measures as measures
@@ -113,10 +114,10 @@ def _measure(maker: Maker, wanted: list[tuple[Row, int]]) -> tuple[list[dict], d
         for index in range(count):
             video = maker.clip(row, index)
             clip = world.sample(world.HELD_OUT + index)
-            figures, frames, to_the_right = measures.of_clip(clip, video)
-            right += to_the_right
-            found.append(figures)
-            errors.append(frames)
+            measured = of_clip(clip, video)
+            right += measured.to_the_right
+            found.append(measured.values)
+            errors.append(measured.nearest.error.mean(1))
             seen.append(features(video))
         metric = {name: measures.interval(np.array([clip[name] for clip in found])) for name in found[0]}
         metric["frechet"] = measures.frechet_interval(np.stack(seen), true)
@@ -157,7 +158,7 @@ def _own_length(maker: Maker, count: int) -> dict[str, dict[str, float]]:
         seeds = range(start, min(start + at_once, count))
         scenes = [world.sample(world.HELD_OUT + seed) for seed in seeds]
         videos = clips.make(svd, scenes, svd.frames, seeds)
-        found += [measures.of_clip(clip, video)[0] for clip, video in zip(scenes, videos, strict=True)]
+        found += [of_clip(clip, video).values for clip, video in zip(scenes, videos, strict=True)]
     return {name: measures.interval(np.array([clip[name] for clip in found])) for name in found[0]}
 
 
@@ -174,7 +175,7 @@ def _curve(maker: Maker, extension: Path, count: int) -> list[dict]:
         for sigma in SIGMAS:
             clean = held.ideal(sigma) if title.startswith("ideal") else held.one_step(svd.unet, sigma)
             pairs = zip(held.clips, held.decode(clean), strict=True)
-            figures = [measures.of_clip(clip, video)[0] for clip, video in pairs]
+            figures = [of_clip(clip, video).values for clip, video in pairs]
             level = {name: measures.interval(np.array([each[name] for each in figures])) for name in CURVE_MEASURES}
             levels.append({"sigma": sigma, "mse": measures.interval(held.errors(clean)), **level})
         found.append({"row": title, "frames": frames, "clips": count, "levels": levels})

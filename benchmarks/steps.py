@@ -25,6 +25,7 @@ import torch
 
 from runner.environment import cache_folder
 from small_model import measure, recipe, world
+from small_model.figures import of_clip
 
 from . import kept, report
 from . import method_measures as measures
@@ -270,8 +271,8 @@ def _true_features(seed: int) -> np.ndarray:
 
 def _measured(path: Path, index: int) -> Measured:
     video, clip = kept.load(path), world.sample(world.HELD_OUT + index)
-    metric, _, right = measures.of_clip(clip, video)
-    return Measured(metric, right, _features()(video), int(np.load(path)["calls"]))
+    measured = of_clip(clip, video)
+    return Measured(measured.values, measured.to_the_right, _features()(video), int(np.load(path)["calls"]))
 
 
 def summary(row: Row, found: Sequence[Measured], true: np.ndarray) -> dict[str, Any]:

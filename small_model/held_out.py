@@ -16,6 +16,7 @@ from exvideo_core.post_tuning.loss import VideoUNet, denoise, sigma_ramp
 
 from . import measure, world
 from .bank import Bank, Windows, encode
+from .figures import of_clip
 from .scenes import Scenes
 
 FPS = 30
@@ -128,25 +129,16 @@ class HeldOut:
 
 
 def summary(clips: list[world.Clip], videos: list[np.ndarray]) -> dict[str, float]:
-    """Means over videos: presence, path error, motion, exchanged colors, correct kinds and headings to the right."""
+    """Means over videos: the figures of `of_clip`, strength of color, correct kinds, and headings to the right."""
     found: dict[str, list[float]] = {}
     for clip, video in zip(clips, videos, strict=False):
-        sighting = measure.sight(clip, video)
-        nearest = measure.match(sighting, clip)
-        steps = np.abs(np.diff(sighting.x, axis=0))
-        steps = steps[~np.isnan(steps)] / clip.speed
-        wrong = np.abs(np.diff(sighting.x, axis=0) - np.diff(nearest.path, axis=0)) / clip.speed
+        measured = of_clip(clip, video)
+        sighting = measured.sighting
         figures = {
-            "presence": sighting.present.mean(),
+            **measured.values,
             "strength": sighting.strength.mean(),
-            "path": nearest.error.mean(),
-            "path_end": nearest.error[-len(video) // 4 :].mean(),
-            "jump": np.where(np.isnan(wrong), 2.0, wrong).mean(),
-            "step95": np.percentile(steps, 95) if steps.size else np.nan,
-            "exchanged": sighting.exchanged.mean(),
-            "mixed": sighting.mixed.mean(),
             "kind": (measure.kinds(clip, video, sighting) == clip.kind).mean(),
-            "right": (nearest.heading > 0).mean(),
+            "right": measured.to_the_right / world.LANES,
         }
         for name, value in figures.items():
             found.setdefault(name, []).append(float(value))

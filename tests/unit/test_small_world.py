@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import method_measures as measures
 from small_model import measure, world
+from small_model.figures import of_clip
 from small_model.scenes import Scenes
 
 FRAMES = 128
@@ -68,7 +69,7 @@ def test_a_seed_is_one_clip() -> None:
 
 
 def figures(clip: world.Clip, video: np.ndarray) -> dict[str, float]:
-    return measures.of_clip(clip, video)[0]
+    return of_clip(clip, video).values
 
 
 def test_the_truth_measures_as_true() -> None:
@@ -109,7 +110,7 @@ def test_either_future_measures_as_true() -> None:
         found = figures(clip, video)
         assert found["presence"] == 1 and found["path_error"] < 0.003 and found["jump"] < 0.3
         assert (measure.match(measure.sight(clip, video), clip).heading == heading).all()
-        assert measures.of_clip(clip, video)[2] == (world.LANES if heading > 0 else 0)
+        assert of_clip(clip, video).to_the_right == (world.LANES if heading > 0 else 0)
 
 
 def test_wobble_is_in_steps_and_leaps_are_in_strides_too() -> None:
