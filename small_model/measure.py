@@ -1,7 +1,7 @@
-"""Measures what pictures of the synthetic world show: where each shape is, whether it is there, and what it is.
+"""Measures what videos of the synthetic world show: where each shape is, whether it is intact, and of which kind.
 
-A clip's first frame leaves two futures a lane open. What a made clip shows is compared with the nearer one of each
-lane, chosen once for the whole clip: a shape that changes its mind on the way is wrong from then on.
+The first frame of a clip leaves two futures per lane open. A video is compared with the nearer one of each lane,
+selected once for the whole video: a shape that changes to the other future is wrong from then on.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ import numpy as np
 
 from . import world
 
-#: What absence counts as, in picture widths: no place is measured, so half of what there is to be wrong by.
+#: Error of an absent shape, in picture widths: its position is unknown, so half of the largest possible error.
 ABSENT_ERROR = (world.RIGHT - world.LEFT) / 2
-#: Least strength of a shape's color at its middle. The mean of two futures shows either with half the strength.
+#: Minimum strength of the color at a shape's center. In the mean of two futures, it is about one half.
 LEAST_STRENGTH = 0.7
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """What the frames of a clip show.
+    """The shapes found in a video.
 
     Attributes:
         x: center of each lane's shape along x, in picture widths; NaN where it is absent [T, LANES].
-        present: the shape of the lane's color is there, in its lane, whole, in one piece and of full color
-            [T, LANES].
-        strength: of the lane's color around the shape's middle, 1 for its own [T, LANES].
-        exchanged: the lane shows the other lane's color, by half a shape or more [T, LANES].
-        mixed: the same, by a tenth of a shape or more [T, LANES].
+        present: whether the lane contains one intact shape of its color, at full strength [T, LANES].
+        strength: of the lane's color around the shape's center, 1 for a true shape [T, LANES].
+        exchanged: whether half a shape or more has the other lane's color [T, LANES].
+        mixed: whether a tenth of a shape or more has the other lane's color [T, LANES].
     """
 
     x: np.ndarray
@@ -40,7 +39,7 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Match:
-    """The possible future of each lane that a clip is nearest to.
+    """The possible future of each lane that a video is nearest to.
 
     Attributes:
         path: its centers along x, in picture widths [T, LANES].
@@ -63,10 +62,10 @@ def _hues(video: np.ndarray) -> np.ndarray:
 
 
 def sight(clip: world.Clip, video: np.ndarray) -> Sighting:
-    """Find a clip's shapes in pictures, by color.
+    """Find a clip's shapes in a video, by color.
 
-    A shape counts as present when its lane holds half to twice the color that it should, at least two thirds of
-    it within the shape's own reach of the center, and its middle is of at least `LEAST_STRENGTH`.
+    A shape counts as present if its lane contains 0.5 to 2 times the color of a true shape, at least two thirds of it
+    within a shape's extent around the center, and the strength at the center is at least `LEAST_STRENGTH`.
 
     Args:
         video: 0..1 [T, H, W, 3].
@@ -83,12 +82,12 @@ def sight(clip: world.Clip, video: np.ndarray) -> Sighting:
         color = clip.color[lane]
         columns = hues[:, rows, :, color].sum(1)
         mass, wanted = columns.sum(1), truth[..., color].sum()
-        # The median column is not drawn off by a stray spot as the mean is; the mean around it is finer.
+        # The median column is robust against stray spots; the mean around it is more precise.
         total = np.maximum(mass, 1e-9)[:, None]
         middle = grid[(columns.cumsum(1) / total >= 0.5).argmax(1)]
         reach = np.abs(grid[None] - middle[:, None]) < world.RADIUS * 1.3
         inside = (columns * reach).sum(1)
-        # Faint edges count for the center: without them it would jump as they cross from pixel to pixel.
+        # Includes faint edges: without them, the center would jump when an edge crosses a pixel.
         near = raw[:, rows, :, color].sum(1) * reach
         center = (near * grid).sum(1) / np.maximum(near.sum(1), 1e-9)
         strength = _strength(raw[..., color], center, clip.y[lane], grid)
@@ -102,7 +101,7 @@ def sight(clip: world.Clip, video: np.ndarray) -> Sighting:
 
 
 def _strength(hue: np.ndarray, x: np.ndarray, y: float, grid: np.ndarray) -> np.ndarray:
-    """Mean of a hue [T, H, W] within half a radius of a place along x [T]: [T]."""
+    """Mean of a hue [T, H, W] within half a radius of positions along x [T]: [T]."""
     distance = np.hypot(grid[None, None, :] - x[:, None, None], grid[None, :, None] - y)
     middle = distance < world.RADIUS / 2
     return (hue * middle).sum((1, 2)) / np.maximum(middle.sum((1, 2)), 1)
@@ -125,10 +124,10 @@ def path_error(sighting: Sighting, clip: world.Clip) -> np.ndarray:
 
 
 def kinds(clip: world.Clip, video: np.ndarray, sighting: Sighting) -> np.ndarray:
-    """Which kind each shape looks like, by the least squared difference from a picture of it.
+    """Classify each shape by the smallest squared difference from a drawing of each kind.
 
-    Every kind is drawn in the lane's color at the place where the shape was seen and half a pixel to either side,
-    and compared over the lane.
+    Each kind is drawn in the lane's color at the position of the shape and half a pixel to either side, and compared
+    over the whole lane.
 
     Args:
         video: 0..1 [T, H, W, 3].
@@ -151,7 +150,7 @@ def kinds(clip: world.Clip, video: np.ndarray, sighting: Sighting) -> np.ndarray
 
 
 def binomial_interval(count: int, of: int) -> tuple[float, float]:
-    """95 % interval of a share that came up `count` times `of` (Wilson 1927)."""
+    """95% interval of a proportion, for `count` successes out of `of` (Wilson 1927)."""
     z = 1.96
     middle = (count + z * z / 2) / (of + z * z)
     half = z / (of + z * z) * np.sqrt(count * (of - count) / of + z * z / 4)

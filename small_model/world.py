@@ -1,14 +1,14 @@
-"""A synthetic world with open futures: two colored shapes run back and forth, each in its own lane.
+"""A synthetic world with open futures: two colored shapes move back and forth, each in its own lane.
 
-A clip's first frame and its motion bucket do not fix what follows. Each shape sets out to the left or to the right by
-chance, whatever its kind, its color and the other lane, and turns round at the walls. The shapes of a clip share one
-of three speeds, which is what the motion bucket tells. So every clip has four possible futures, two a lane, and each
-can be computed: a made clip is measured against the nearest of them, and many clips against their shares.
+The first frame and the motion bucket of a clip do not determine what follows. Each shape starts to the left or to the
+right at random, independently of its kind, its color and the other lane, and turns around at the walls. The shapes of
+a clip share one of three speeds, which the motion bucket gives. So every clip has four possible futures, two per lane.
+All of them can be computed, and a generated video is compared with the nearest one.
 
-The mean of the futures is no clip: it shows every shape at half strength in two places. A model that believes in the
-mean, as one step from pure noise does, is therefore told apart from one that chooses.
+The mean of the futures is not a possible video: it shows every shape at half strength in two places. This is what a
+model predicts in one step from pure noise, so measures can tell it from a model that has decided on a future.
 
-Every clip shows the same background and each color once, at one size.
+Every clip has the same background and contains each color once; all shapes have the same size.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ SIZE = 64  # pixels, width and height
 LANES = 2
 RADIUS = 0.14  # of a shape, in picture widths
 SQUARE_SCALE = 1.13  # a square of about the disk's area reaches this much less far
-LEFT, RIGHT = 0.18, 0.82  # where centers turn round
+LEFT, RIGHT = 0.18, 0.82  # where centers turn around
 KINDS = ("disk", "square")
 HEADINGS = (-1, 1)  # to the left, to the right
 COLORS = {"red": (0.92, 0.20, 0.18), "blue": (0.20, 0.35, 0.95)}
-BACKGROUND = (0.55, 0.75)  # grey level at the top and at the bottom
+BACKGROUND = (0.55, 0.75)  # gray level at the top and at the bottom
 SPEEDS = {40: 0.006, 100: 0.010, 160: 0.014}  # motion bucket -> picture widths per frame
 HELD_OUT = 10_000_000  # seeds from here on are never trained on
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What a clip shows.
+    """A clip of the world.
 
     Attributes:
         x: centers at frame 0, in picture widths [LANES].
-        y: centers, in picture heights [LANES]; they stay.
+        y: centers, in picture heights [LANES]; constant.
         kind: index into `KINDS` [LANES].
         color: index into `COLORS` [LANES]; every clip shows each color once.
         motion_bucket: key of `SPEEDS`.
-        heading: how each shape sets out, 1 to the right or -1 to the left [LANES].
+        heading: direction in which each shape starts, 1 to the right or -1 to the left [LANES].
     """
 
     x: np.ndarray
@@ -64,12 +64,12 @@ class Clip:
         return self._path(frames, self.heading)
 
     def futures(self, frames: int) -> np.ndarray:
-        """The paths that the first frame leaves open, by `HEADINGS` [2, frames, LANES]; lanes choose independently."""
+        """The possible paths, by `HEADINGS` [2, frames, LANES]. The lanes are independent of each other."""
         return np.stack([self._path(frames, np.full(LANES, heading)) for heading in HEADINGS])
 
     def _path(self, frames: int, heading: np.ndarray) -> np.ndarray:
         span = RIGHT - LEFT
-        # A shape that turns round at walls is one that runs round a circle twice as long, seen from the side.
+        # Moving back and forth between walls is moving around a circle of twice the length, seen from the side.
         start = np.where(heading > 0, self.x - LEFT, LEFT - self.x)
         phase = (start[None] + self.speed * np.arange(frames)[:, None]) % (2 * span)
         return LEFT + np.where(phase <= span, phase, 2 * span - phase)
@@ -90,7 +90,7 @@ def sample(seed: int) -> Clip:
 
 
 def render(clip: Clip, frames: int, size: int = SIZE) -> np.ndarray:
-    """Pictures of a clip, edges smoothed over a pixel.
+    """Draw the frames of a clip, with edges that are one pixel wide.
 
     Returns:
         float32 in 0..1 [frames, size, size, 3].
@@ -99,10 +99,10 @@ def render(clip: Clip, frames: int, size: int = SIZE) -> np.ndarray:
 
 
 def draw(clip: Clip, centers: np.ndarray, size: int = SIZE) -> np.ndarray:
-    """Pictures of a clip's shapes at given places along x.
+    """Draw a clip's shapes at given positions.
 
     Args:
-        centers: in picture widths [frames, LANES].
+        centers: along x, in picture widths [frames, LANES].
 
     Returns:
         float32 in 0..1 [frames, size, size, 3].
@@ -120,13 +120,13 @@ def draw(clip: Clip, centers: np.ndarray, size: int = SIZE) -> np.ndarray:
 
 
 def as_bytes(video: np.ndarray) -> torch.Tensor:
-    """0..1 -> uint8, as video files hold it and the post-tuning's encoder reads it."""
+    """Convert 0..1 to uint8, as in video files and as post-tuning's encoder expects it."""
     import torch
 
     return torch.from_numpy((video * 255).round().astype(np.uint8))
 
 
 def background(size: int = SIZE) -> np.ndarray:
-    """The picture without shapes, float32 in 0..1 [size, size, 3]."""
+    """The background, float32 in 0..1 [size, size, 3]."""
     rows = np.linspace(*BACKGROUND, size, dtype=np.float32)
     return np.broadcast_to(rows[:, None, None], (size, size, 3))

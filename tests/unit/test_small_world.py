@@ -1,4 +1,4 @@
-"""The synthetic world, and that what measures clips of it sees what is wrong with them."""
+"""The synthetic world, and the measures of its videos."""
 
 from __future__ import annotations
 
