@@ -5,6 +5,7 @@ from __future__ import annotations
 import cmath
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -86,6 +87,16 @@ def test_freelong_blends_below_the_largest_resolution_only() -> None:
     found = rivals.freelong(_attend, tokens, WINDOW, largest=16)
     torch.testing.assert_close(found, blended, atol=1e-6, rtol=0)
     assert (found - local).abs().max() > 1e-2
+
+
+def test_in_comfyui_the_videos_of_both_conditions_stay_apart() -> None:
+    change = partial(rivals.freelong, window=WINDOW, largest=64)
+    forward = rivals._host_forward(lambda tokens, mask=None, **_: _attend(tokens, mask), change)
+    first, second = _tokens(), _tokens().flip(2)
+    expected = torch.cat([change(_attend, video) for video in (first, second)])
+    found = forward(torch.cat([first, second]), transformer_options={"cond_or_uncond": [0, 1]})
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(forward(first, transformer_options={}), expected[: len(first)], atol=1e-6, rtol=0)
 
 
 def test_freenoise_averages_windows_by_distance_from_their_middle() -> None:
