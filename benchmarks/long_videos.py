@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KEPT = cache_folder() / "bench-length"
 WINDOW, OVERLAP = 128, 32  # the defaults of ExVideo Windows
 FADE = 3  # faded keyframes of a continued video
+_WHOLE = 1024  # MiB of a chunk that contains a whole layer of the small model
 _CODE = 1  # increase it when videos change, to invalidate the cache
 
 
@@ -105,6 +106,8 @@ class Maker:
         import comfy.sample
 
         from exvideo_core.comfyui.apply.patch import apply_extension
+        from exvideo_core.comfyui.low_memory.chunked_unet import with_memory_settings
+        from exvideo_core.comfyui.low_memory.estimate import MemorySettings
         from exvideo_core.comfyui.sampling.few_steps import set_sigma_range
         from exvideo_core.comfyui.sampling.windows import WindowSettings, with_windows
         from exvideo_core.comfyui.vae.conditioning import embedding_of_frame, encode_conditioning
@@ -127,7 +130,9 @@ class Maker:
             model = _host_windows(model, **row.host_windows)
         if row.freelong:
             change = partial(rivals.freelong, window=WINDOW, largest=(world.SIZE // 8) ** 2)
-            model = rivals.change_model(model, change)
+            # FreeLong needs all pixels of a frame at once.
+            whole = MemorySettings(chunk_megabytes=_WHOLE)
+            model = rivals.change_model(with_memory_settings(model, whole), change)
         latent = {"samples": torch.zeros(frames, 4, world.SIZE // 8, world.SIZE // 8)}
         if keyframes is not None:
             indices = list(range(len(keyframes)))
