@@ -158,9 +158,11 @@ def _host_forward(forward: Callable[..., torch.Tensor], change: Callable[..., to
         mask: torch.Tensor | None = None,  # noqa: ARG001
         **options: Any,  # noqa: ANN401
     ) -> torch.Tensor:
+        def attend(own: torch.Tensor, own_mask: torch.Tensor | None) -> torch.Tensor:
+            return forward(own, mask=own_mask, **options)
+
         # With guidance, a call can contain the videos of both conditions.
         videos = len(options.get("transformer_options", {}).get("cond_or_uncond", [0]))
-        parts = tokens.chunk(videos)
-        return torch.cat([change(lambda own, own_mask: forward(own, mask=own_mask, **options), part) for part in parts])
+        return torch.cat([change(attend, video) for video in tokens.chunk(videos)])
 
     return changed

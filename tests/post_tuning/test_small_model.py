@@ -297,6 +297,15 @@ def test_an_ablation_lacks_one_part(svd, part: str) -> None:
         torch.testing.assert_close(value, before[name] + (own != part))
 
 
+def test_too_few_hard_windows_are_refused(monkeypatch, capsys) -> None:
+    from small_model import extension
+
+    monkeypatch.setattr("sys.argv", ["extension", "--out", "nowhere", "--base", "nowhere", "--hard", "7"])
+    with pytest.raises(SystemExit):
+        extension.main()
+    assert "--hard needs at least 8 windows" in capsys.readouterr().err
+
+
 def test_held_out_clips_are_measured(svd) -> None:
     from small_model.held_out import HeldOut, curve
 
